@@ -1,0 +1,3 @@
+from uniformer.cli import main
+
+main()

@@ -1,0 +1,195 @@
+"""The layers of UniFormer as modules, usable alone.
+
+Activations are channels-last, (B, T, H, W, C): B clips, T frames, H rows, W columns, C channels.
+Parameters have the official names and shapes, convolutions of size 1 included.
+Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uniformer_kernels import attention, dwconv3d
+
+__all__ = ["DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "batch_norm"]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a residual branch is dropped for a whole sample, the others scaled up."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, ...) -> the same shape; the identity in eval mode."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep.div_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class DepthwiseConv(nn.Conv3d):
+    """Depthwise convolution, stride 1, same size, on channels-last activations."""
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, H, W, C) -> (B, T, H, W, C)."""
+        return dwconv3d(x, self.weight, self.bias)
+
+
+class DPE(DepthwiseConv):
+    """Dynamic position embedding with its residual, eq. 1 and 8: X = DWConv(X_in) + X_in.
+
+    Zero padding of the 3x3x3 convolution tells tokens where the border is, and so where they are.
+
+    Args:
+        dim: channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, kernel_size=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, H, W, C) -> (B, T, H, W, C)."""
+        return dwconv3d(x, self.weight, self.bias, residual=True)
+
+
+class Pointwise(nn.Conv3d):
+    """1x1x1 convolution: a Linear over channels, with the weight shape of the official Conv3d."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(dim, out_dim, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., out_dim)."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a BatchNorm3d (or a SyncBatchNorm made of one) to channels-last x (B, T, H, W, C)."""
+    return norm(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+
+
+def local_mhra(x: Tensor, value: nn.Module, affinity: nn.Module, unify: nn.Module) -> Tensor:
+    """Eq. 4 to 6 with a head per channel: values, learned affinity in the tube, then U."""
+    return unify(affinity(value(x)))
+
+
+class LocalMHRA(nn.Module):
+    """Local multi-head relation aggregator, eq. 4 to 6.
+
+    The affinity of two tokens is a learned weight of their offset within a tube, one head per
+    channel, so values, aggregation and fusion of the heads are 1x1x1, depthwise tube and 1x1x1
+    convolutions.
+
+    Args:
+        dim: channels.
+        tube_size: edge of the neighbourhood, odd.
+    """
+
+    def __init__(self, dim: int, tube_size: int = 5) -> None:
+        super().__init__()
+        self.conv1 = Pointwise(dim, dim)  # V
+        self.attn = DepthwiseConv(dim, tube_size)  # A
+        self.conv2 = Pointwise(dim, dim)  # U
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, H, W, C) -> (B, T, H, W, C), before the residual."""
+        return local_mhra(x, self.conv1, self.attn, self.conv2)
+
+
+class GlobalMHRA(nn.Module):
+    """Global multi-head relation aggregator, eq. 4, 5 and 7: softmax attention over all tokens.
+
+    Args:
+        dim: channels, a multiple of `num_heads`.
+        num_heads: heads.
+        qkv_bias: bias on q, k and v.
+        scale: factor on the scores, (dim / num_heads)**-0.5 unless given.
+        attn_drop: dropout on the affinities.
+        proj_drop: dropout after the projection.
+
+    Raises:
+        ValueError: `dim` is not a multiple of `num_heads`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        self.num_heads = num_heads
+        self.scale = scale
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)  # U
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, ..., C), tokens in between -> the same shape, before the residual."""
+        dropout = self.attn_drop if self.training else 0.0
+        qkv = self.qkv(x.reshape(x.shape[0], -1, x.shape[-1]))
+        out = attention(qkv, self.num_heads, self.scale, dropout)
+        return self.proj_drop(self.proj(out)).view(x.shape)
+
+
+class FFN(nn.Module):
+    """Feed-forward network, the FFN of eq. 3: fc2(GELU(fc1(x))), GELU by the error function.
+
+    Args:
+        dim: channels.
+        hidden_dim: channels between fc1 and fc2.
+        drop: dropout after the GELU and after fc2.
+        conv: keep the weights in the shape of 1x1x1 convolutions, as the local blocks do.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, conv: bool = False) -> None:
+        super().__init__()
+        linear = Pointwise if conv else nn.Linear
+        self.fc1 = linear(dim, hidden_dim)
+        self.fc2 = linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., C), before the residual."""
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class PatchEmbed(nn.Module):
+    """Strided projection and LayerNorm: the stem, and the downsampling before each later stage.
+
+    Args:
+        dim: channels in.
+        out_dim: channels out.
+        kernel_size: (kt, kh, kw).
+        stride: (st, sh, sw).
+        padding: (pt, ph, pw).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        kernel_size: tuple[int, int, int],
+        stride: tuple[int, int, int],
+        padding: tuple[int, int, int] = (0, 0, 0),
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(out_dim)
+        self.proj = nn.Conv3d(dim, out_dim, kernel_size, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, H, W, C) -> (B, T', H', W', out_dim); edges that fill no stride are dropped."""
+        return self.norm(self.proj(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1))

@@ -1,0 +1,286 @@
+"""UniFormer, the whole network.
+
+Stem -> four stages of blocks -> BatchNorm -> mean over all tokens -> Linear. A block is
+DPE -> MHRA -> FFN, each with its residual (eq. 1 to 3): local blocks (BatchNorm, convolutions)
+in the shallow stages, global blocks (LayerNorm, attention) in the deep ones.
+
+Inside, activations are channels-last, (B, T, H, W, C); clips come in, and feature maps go out,
+as (B, C, T, H, W). Attribute names are those of the official state_dict.
+
+Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676; equation numbers are its own.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from uniformer.configs import InputConfig, UniFormerConfig
+from uniformer.layers import (
+    DPE,
+    FFN,
+    DepthwiseConv,
+    DropPath,
+    GlobalMHRA,
+    PatchEmbed,
+    Pointwise,
+    batch_norm,
+    local_mhra,
+)
+
+__all__ = ["GlobalBlock", "LocalBlock", "SplitBlock", "UniFormer"]
+
+MIN_SIZE = 32  # the product of the spatial strides
+
+
+class LocalBlock(nn.Module):
+    """A block of the shallow stages: BatchNorm, and aggregation in a small tube of tokens."""
+
+    def __init__(self, cfg: UniFormerConfig, dim: int, drop_path: float) -> None:
+        super().__init__()
+        self.pos_embed = DPE(dim) if cfg.dpe else nn.Identity()
+        self.norm1 = nn.BatchNorm3d(dim)
+        self.conv1 = Pointwise(dim, dim)
+        self.conv2 = Pointwise(dim, dim)
+        self.attn = DepthwiseConv(dim, cfg.tube_size)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.BatchNorm3d(dim)
+        self.mlp = FFN(dim, int(dim * cfg.mlp_ratio), cfg.drop_rate, conv=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, H, W, C) -> (B, T, H, W, C)."""
+        x = self.pos_embed(x)
+        mhra = local_mhra(batch_norm(self.norm1, x), self.conv1, self.attn, self.conv2)
+        x = x + self.drop_path(mhra)
+        return x + self.drop_path(self.mlp(batch_norm(self.norm2, x)))
+
+
+class GlobalBlock(nn.Module):
+    """A block of the deep stages: LayerNorm, and attention over all tokens of the clip."""
+
+    def __init__(self, cfg: UniFormerConfig, dim: int, drop_path: float) -> None:
+        super().__init__()
+        self.pos_embed = DPE(dim) if cfg.dpe else nn.Identity()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = _global_mhra(cfg, dim)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = FFN(dim, int(dim * cfg.mlp_ratio), cfg.drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, H, W, C) -> (B, T, H, W, C)."""
+        x = self.pos_embed(x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class SplitBlock(GlobalBlock):
+    """A global block with divided attention: over time at each position, then over each frame.
+
+    As in the official code, attention over time is only the input of attention over space: the
+    residual around the latter starts from the output of the DPE.
+    """
+
+    def __init__(self, cfg: UniFormerConfig, dim: int, drop_path: float) -> None:
+        super().__init__(cfg, dim, drop_path)
+        self.t_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.t_attn = _global_mhra(cfg, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, H, W, C) -> (B, T, H, W, C)."""
+        B, _, H, W, _ = x.shape
+        x = self.pos_embed(x)
+        t = rearrange(x, "b t h w c -> (b h w) t c")
+        t = t + self.drop_path(self.t_attn(self.t_norm(t)))
+        s = rearrange(t, "(b h w) t c -> (b t) h w c", b=B, h=H, w=W)
+        s = self.drop_path(self.attn(self.norm1(s)))
+        x = x + rearrange(s, "(b t) h w c -> b t h w c", b=B)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def _global_mhra(cfg: UniFormerConfig, dim: int) -> GlobalMHRA:
+    return GlobalMHRA(
+        dim, dim // cfg.head_dim, cfg.qkv_bias, cfg.qk_scale, cfg.attn_drop_rate, cfg.drop_rate
+    )
+
+
+class UniFormer(nn.Module):
+    """UniFormer for video classification, or as a backbone.
+
+    Args:
+        cfg: the network; `PRESETS` holds the paper's.
+
+    Attributes:
+        cfg: the network.
+        num_features: channels of the feature map before the classifier.
+        input: the clips its weights expect, where that is known.
+        classes: names in the order of the logits, where they are known.
+    """
+
+    def __init__(self, cfg: UniFormerConfig = UniFormerConfig()) -> None:  # noqa: B008 (frozen)
+        super().__init__()
+        self.cfg = cfg
+        self.input: InputConfig | None = None
+        self.classes: list[str] | None = None
+        self.num_features = cfg.dims[-1]
+        self.grad_checkpointing: tuple[int, ...] = (
+            0,
+            0,
+            0,
+            0,
+        )  # leading blocks a stage that are recomputed
+
+        between = ((3, 2, 2), (1, 2, 2), (1, 0, 0)) if cfg.std else ((1, 2, 2), (1, 2, 2))
+        self.patch_embed1 = PatchEmbed(
+            cfg.in_channels, cfg.dims[0], (3, 4, 4), (2, 4, 4), (1, 0, 0)
+        )
+        self.patch_embed2 = PatchEmbed(cfg.dims[0], cfg.dims[1], *between)
+        self.patch_embed3 = PatchEmbed(cfg.dims[1], cfg.dims[2], *between)
+        self.patch_embed4 = PatchEmbed(cfg.dims[2], cfg.dims[3], *between)
+        self.pos_drop = nn.Dropout(cfg.drop_rate)
+
+        # On the CPU whatever the default device, meta included.
+        rates = torch.linspace(0, cfg.drop_path_rate, sum(cfg.depths), device="cpu").tolist()
+        global_block = SplitBlock if cfg.split else GlobalBlock
+        for stage, (kind, depth, dim) in enumerate(
+            zip(cfg.stages, cfg.depths, cfg.dims, strict=True), start=1
+        ):
+            block = LocalBlock if kind == "L" else global_block
+            blocks = [block(cfg, dim, rates.pop(0)) for _ in range(depth)]
+            self.add_module(f"blocks{stage}", nn.ModuleList(blocks))
+
+        self.norm = nn.BatchNorm3d(self.num_features)
+        self.reset_classifier(cfg.num_classes)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the parameters as the official code does; convolutions keep PyTorch's own draw."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SplitBlock):  # attention over time starts as the identity
+                nn.init.zeros_(module.t_attn.qkv.weight)
+                nn.init.ones_(module.t_attn.proj.weight)
+
+    # --- Forward ----------------------------------------------------------------------
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Feature map before pooling.
+
+        Args:
+            x: (B, 3, T, H, W), floating point, normalised; T >= 1, H and W >= 32.
+
+        Returns:
+            (B, C, ceil(T/2), H//32, W//32), a channels_last_3d view.
+
+        Raises:
+            ValueError: `x` is not as above.
+        """
+        self._check_input(x)
+        x = x.permute(0, 2, 3, 4, 1)
+        for stage, count in enumerate(self.grad_checkpointing, start=1):
+            x = self.get_submodule(f"patch_embed{stage}")(x)
+            x = self.pos_drop(x) if stage == 1 else x
+            for i, block in enumerate(self.get_submodule(f"blocks{stage}").children()):
+                recompute = i < count and torch.is_grad_enabled()
+                x = _checkpointed(block, x) if recompute else block(x)
+        return self.norm(x.permute(0, 4, 1, 2, 3))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """x (B, C, T, H, W), the feature map -> (B, num_classes), or (B, C) with `pre_logits`."""
+        x = x.mean((2, 3, 4))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, T, H, W), as for `forward_features` -> raw logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def _check_input(self, x: Tensor) -> None:
+        channels = self.cfg.in_channels
+        if x.ndim != 5 or x.shape[1] != channels:
+            raise ValueError(
+                f"the clip must be (B, {channels}, T, H, W), got shape {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"the clip must be floating point and normalised, got {x.dtype}: for pixels in "
+                f"0..255 that is (x / 255 - mean) / std"
+            )
+        if x.shape[2] < 1 or min(x.shape[3:]) < MIN_SIZE:
+            raise ValueError(
+                f"the clip needs T >= 1 and H, W >= {MIN_SIZE}, got T, H, W = {tuple(x.shape[2:])}"
+            )
+
+    # --- timm's habits ----------------------------------------------------------------
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a Linear, or an Identity where there are no classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new classifier, freshly drawn, in place of the old one; 0 for none."""
+        self.cfg = replace(self.cfg, num_classes=num_classes)
+        self.classes = None
+        old = next(self.norm.parameters())
+        self.head: nn.Module = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(
+                self.num_features, num_classes, device=old.device, dtype=old.dtype
+            )
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters to spare from weight decay beyond those with one dimension: none.
+
+        The official code names `pos_embed` here but matches it against whole parameter names, so
+        that the released weights were trained with decay on the DPE.
+        """
+        return set()
+
+    def set_grad_checkpointing(self, enable: bool | Sequence[int] = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations.
+
+        Args:
+            enable: all blocks, none, or how many leading blocks of each of the four stages.
+
+        Raises:
+            ValueError: not four counts from 0 to the stage's depth.
+        """
+        depths = self.cfg.depths
+        all_or_none = depths if enable else (0, 0, 0, 0)
+        counts = all_or_none if isinstance(enable, bool) else tuple(enable)
+        if len(counts) != 4 or any(not 0 <= n <= d for n, d in zip(counts, depths, strict=True)):
+            raise ValueError(
+                f"give True, False, or four counts of at most {depths} blocks, got {enable!r}"
+            )
+        self.grad_checkpointing = counts
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return contextlib.nullcontext(), _frozen_statistics(block)
+
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Normalise by the batch, but leave the running statistics: the first pass updated them."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in norms if m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

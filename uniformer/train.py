@@ -1,0 +1,392 @@
+"""Training: one readable loop on Hugging Face accelerate, which brings devices, processes,
+mixed precision, checkpoints with the state of every random generator, and trackers.
+
+Run the same command again after a kill and it goes on from its last checkpoint, to the numbers an
+uninterrupted run would have reached.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from uniformer.checkpoint import save_checkpoint
+from uniformer.configs import InputConfig
+from uniformer.data import (
+    Batch,
+    Shuffled,
+    TestClips,
+    TrainClips,
+    make_loader,
+    worker_count,
+)
+from uniformer.decoder import Decoder
+from uniformer.evaluate import Evaluation, FileReport, evaluate
+from uniformer.factory import create_model
+from uniformer.lists import VideoList, read_labels, read_videos
+from uniformer.model import UniFormer
+from uniformer.optim import cosine_with_warmup, make_optimizer
+from uniformer.run_folder import RunFolder
+from uniformer.scan import drop_unreadable
+from uniformer.transforms import AugmentConfig
+
+__all__ = ["TrainConfig", "train"]
+
+log = logging.getLogger(__name__)
+
+LOSS_EVERY = 20  # steps between looks at the loss: each one waits for the device
+
+
+@dataclass
+class TrainConfig:
+    """Settings of `uniformer train`.
+
+    Attributes:
+        data: training videos: a folder with a folder of videos for each class (itself, or under
+            train/ and val/), or a list: .csv or .txt of "path,label", Something-Something's
+            "folder frames label", or its V2 .json with labels.json beside it.
+        val: validation videos, likewise, if they are not part of the folder `data`.
+        root: where the paths of lists start.
+        labels: file of class names, for lists that hold numbers only.
+        out: folder for checkpoints, metrics and settings.
+        model: preset; see `uniformer.list_models()`.
+        overrides: other fields of `UniFormerConfig`, as in {"stages": "LGGG"}.
+        pretrained: file or tag to start from.
+        fresh_head: draw a new classifier instead of loading that of `pretrained`.
+        input: how clips are made; travels with the weights.
+        augment: what chance does to training clips.
+        epochs: passes over the training videos.
+        batch_size: videos at a time, in each process.
+        accumulate: batches a step of the optimizer.
+        lr: peak learning rate; the paper's rule, 1e-4 for every 32 videos a step, unless given.
+        weight_decay: except of norms and biases.
+        warmup: share of the training in which the learning rate rises.
+        clip_grad: largest norm of the gradient.
+        label_smoothing: share of the target spread over all classes.
+        mixed_precision: "no", "fp16" or "bf16"; "auto" is bf16 on a GPU that has it, else no.
+        grad_checkpointing: blocks to recompute in the backward pass, of each of the four stages.
+        sync_batchnorm: BatchNorm statistics over all processes; the paper's are of each.
+        workers: processes that read videos; one a core, 8 at most, unless given.
+        decoder: "decord", "torchcodec" or "pyav".
+        timeout: seconds that reading one video may take.
+        checkpoint_every: steps between checkpoints within an epoch; 0 for one an epoch.
+        keep: checkpoints to keep.
+        seed: of everything random.
+        manifest: of `uniformer scan`; videos it could not read are left out.
+        trackers: of accelerate, as in ["tensorboard", "wandb"].
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    data: str
+    val: str | None = None
+    root: str | None = None
+    labels: str | None = None
+    out: str = "runs/train"
+    model: str = "uniformer_small"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    pretrained: str | None = None
+    fresh_head: bool = False
+    input: InputConfig = field(default_factory=InputConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    epochs: int = 30
+    batch_size: int = 8
+    accumulate: int = 1
+    lr: float | None = None
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    clip_grad: float = 20.0
+    label_smoothing: float = 0.1
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    grad_checkpointing: tuple[int, int, int, int] = (0, 0, 0, 0)
+    sync_batchnorm: bool = False
+    workers: int | None = None
+    decoder: str = "decord"
+    timeout: float = 60.0
+    checkpoint_every: int = 0
+    keep: int = 2
+    seed: int = 0
+    manifest: str | None = None
+    trackers: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be a share from 0 to below 1, got {self.warmup}")
+
+
+# What may differ when a run goes on, without leading to other numbers.
+FREE = ("out", "workers", "timeout", "keep", "trackers", "checkpoint_every")
+
+
+@dataclass
+class Progress:
+    """How far training has come; saved in, and restored from, every checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0  # within the epoch
+    step: int = 0  # of the optimizer, in all
+    sums: tuple[float, float, float] = (0.0, 0.0, 0.0)  # loss, right, seen; over the epoch
+    seconds: float = 0.0  # spent in the epoch
+    history: list[dict[str, Any]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def train(cfg: TrainConfig) -> Path:
+    """Train, validate after each epoch, and keep the best weights.
+
+    Args:
+        cfg: the settings.
+
+    Returns:
+        `best.safetensors` in `cfg.out`; `last.safetensors`, `metrics.json` and `settings.json`
+        lie beside it.
+
+    Raises:
+        ValueError: settings or data are unusable, or `cfg.out` holds a run with other settings.
+        FloatingPointError: the loss is no longer finite.
+    """
+    accelerator = Accelerator(
+        mixed_precision=_precision(cfg.mixed_precision),
+        gradient_accumulation_steps=cfg.accumulate,
+        log_with=cfg.trackers or None,
+        project_dir=cfg.out,
+    )
+    videos, val_videos = _read_data(cfg)
+    set_seed(cfg.seed)
+    model = _make_model(cfg, videos)
+    decoder, workers = Decoder(cfg.decoder, cfg.timeout), worker_count(cfg.workers)
+    loader = make_loader(
+        TrainClips(videos.samples, cfg.input, cfg.augment, decoder),
+        cfg.batch_size, workers, cfg.seed,
+    )  # fmt: skip
+    val_loader = make_loader(
+        TestClips(val_videos.samples, cfg.input, decoder), cfg.batch_size, workers
+    )
+    shuffled = cast(Shuffled, loader.sampler)
+
+    lr = cfg.lr or 1e-4 * cfg.batch_size * cfg.accumulate * accelerator.num_processes / 32
+    adamw = make_optimizer(model, lr, cfg.weight_decay)
+    model, optimizer, loader, val_loader = accelerator.prepare(model, adamw, loader, val_loader)
+    steps = cfg.epochs * math.ceil(len(loader) / cfg.accumulate)
+    scheduler = cosine_with_warmup(adamw, steps, int(cfg.warmup * steps))
+
+    trainer = Trainer(cfg, accelerator, model, optimizer, scheduler)
+    trainer.say(
+        f"{cfg.model} on {accelerator.device}, mixed precision {accelerator.mixed_precision}: "
+        f"{len(videos.samples)} videos to train on and {len(val_videos.samples)} to validate on, "
+        f"{videos.num_classes} classes, {cfg.epochs} epochs, {steps} steps, peak learning rate "
+        f"{lr:.3g}"
+    )
+    trainer.resume(_settings(cfg, lr, accelerator.num_processes, videos, val_videos))
+    while trainer.progress.epoch < cfg.epochs:
+        shuffled.set_epoch(trainer.progress.epoch)
+        trainer.train_epoch(loader)
+        trainer.finish_epoch(evaluate(model, val_loader, accelerator, title="validate"))
+    accelerator.end_training()
+    return trainer.folder.path / "best.safetensors"
+
+
+class Trainer:
+    """What a training carries from step to step, and the steps."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+    ) -> None:
+        self.cfg, self.accelerator, self.model = cfg, accelerator, model
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.folder, self.progress = RunFolder(cfg.out), Progress()
+        accelerator.register_for_checkpointing(scheduler, self.progress)
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def resume(self, settings: dict[str, Any]) -> None:
+        """Go on from the last checkpoint in the run's folder, if there is one."""
+        self.folder.check_settings(settings, FREE)
+        checkpoint = self.folder.last_checkpoint()
+        if checkpoint is not None:
+            self.accelerator.load_state(str(checkpoint))
+            p = self.progress
+            self.say(f"going on from {checkpoint}: epoch {p.epoch + 1}, batch {p.batch + 1}")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.folder.write_json("settings.json", settings)
+        self.accelerator.init_trackers("uniformer", config={k: str(v) for k, v in settings.items()})
+
+    def train_epoch(self, loader: DataLoader) -> None:
+        """Train on what is left of the current epoch."""
+        p, accelerator = self.progress, self.accelerator
+        report = FileReport(p.failures)
+        p.failures = report.failures
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        if accelerator.is_main_process:
+            sums += torch.tensor(p.sums, dtype=torch.float64, device=accelerator.device)
+        batches = accelerator.skip_first_batches(loader, p.batch) if p.batch else loader
+        bar = tqdm(
+            batches, f"epoch {p.epoch + 1}/{self.cfg.epochs}", len(loader), initial=p.batch,
+            unit="batch", leave=False, disable=None if accelerator.is_main_process else True,
+        )  # fmt: skip
+        self.model.train()
+        started = time.perf_counter() - p.seconds
+        for batch in bar:
+            report.add(batch)
+            with accelerator.accumulate(self.model):
+                loss = self.train_step(batch, sums)
+            p.batch += 1
+            last = p.batch == len(loader)
+            if last or p.batch % LOSS_EVERY == 0:
+                self.check_loss(float(loss))
+                bar.set_postfix(loss=f"{float(loss):.3f}")
+            every = self.cfg.checkpoint_every
+            due = every and accelerator.sync_gradients and p.step % every == 0
+            if last or due:
+                p.sums = tuple(accelerator.reduce(sums, "sum").tolist())
+                p.seconds = time.perf_counter() - started
+            if due and not last:
+                self.save_state()
+
+    def train_step(self, batch: Batch, sums: Tensor) -> Tensor:
+        """A batch forward and backward, and a step of the optimizer once enough have gathered."""
+        accelerator = self.accelerator
+        with accelerator.autocast():
+            logits = self.model(batch.views.flatten(0, 1))
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.cfg.label_smoothing)
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            self.progress.step += 1
+            if not accelerator.optimizer_step_was_skipped:
+                self.scheduler.step()
+        seen = len(batch.labels)
+        right = (logits.detach().argmax(1) == batch.labels).sum()
+        sums += torch.stack([loss.detach().double() * seen, right, right.new_tensor(seen)])
+        return loss.detach()
+
+    def check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.progress.step}: lower the learning rate, or set "
+                f"mixed_precision to bf16 or no. The last checkpoint is safe in {self.folder.path}"
+            )
+
+    def finish_epoch(self, result: Evaluation) -> None:
+        """Log the epoch; save weights, the best ones apart, and a checkpoint."""
+        p = self.progress
+        loss, right, seen = p.sums
+        row = {
+            "epoch": p.epoch + 1,
+            "step": p.step,
+            "lr": self.scheduler.get_last_lr()[0],
+            "train_loss": loss / seen,
+            "train_top1": 100 * right / seen,
+            "val_top1": result.top1,
+            "val_top5": result.top5,
+            "unreadable": len(p.failures | result.unreadable),
+        }
+        best = result.top1 > max((r["val_top1"] for r in p.history), default=-1.0)
+        p.history.append(row)
+        self.say(
+            f"epoch {row['epoch']:>3}/{self.cfg.epochs}  loss {row['train_loss']:.3f}  top-1 "
+            f"{row['train_top1']:5.1f}%  validation top-1 {result.top1:5.1f}%  "
+            f"{seen / p.seconds:.1f} clips/s"
+        )
+        self.accelerator.log(row, step=p.step)
+        self.save_weights(["last", "best"] if best else ["last"])
+        p.epoch, p.batch, p.sums, p.seconds = p.epoch + 1, 0, (0.0, 0.0, 0.0), 0.0
+        self.save_state()
+        if self.accelerator.is_main_process:
+            self.folder.write_json("metrics.json", p.history)
+            if unreadable := p.failures | result.unreadable:
+                self.folder.write_json("unreadable.json", unreadable)
+
+    def save_weights(self, names: list[str]) -> None:
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            for name in names:
+                save_checkpoint(self.folder.path / f"{name}.safetensors", model, weights)
+
+    def save_state(self) -> None:
+        accelerator = self.accelerator
+        self.folder.save_checkpoint(
+            self.progress.step, accelerator.save_state, self.cfg.keep,
+            accelerator.is_main_process, accelerator.wait_for_everyone,
+        )  # fmt: skip
+
+
+def _read_data(cfg: TrainConfig) -> tuple[VideoList, VideoList]:
+    names = read_labels(cfg.labels) if cfg.labels else None
+    videos = read_videos(cfg.data, "train", cfg.root, names)
+    if cfg.val is None and not Path(cfg.data).is_dir():
+        raise ValueError(f"{cfg.data} is a list of training videos: give the other one with --val")
+    val = read_videos(cfg.val or cfg.data, "val", cfg.root, videos.classes)
+    if val.num_classes > videos.num_classes:
+        raise ValueError(
+            f"validation has {val.num_classes} classes, training only {videos.num_classes}"
+        )
+    if cfg.val is None and videos.held_out:
+        log.info("%s has no val folder: a fifth of each class is held out to validate", cfg.data)
+    if cfg.manifest:
+        videos, left_out = drop_unreadable(videos, cfg.manifest)
+        log.info("%s: %d training videos are left out as unreadable", cfg.manifest, left_out)
+    return videos, val
+
+
+def _precision(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def _make_model(cfg: TrainConfig, videos: VideoList) -> UniFormer:
+    model = create_model(
+        cfg.model, videos.num_classes, pretrained=cfg.pretrained or False,
+        fresh_head=cfg.fresh_head, **cfg.overrides,
+    )  # fmt: skip
+    model.input, model.classes = cfg.input, videos.classes
+    if any(cfg.grad_checkpointing):
+        model.set_grad_checkpointing(cfg.grad_checkpointing)
+    if cfg.sync_batchnorm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def _settings(cfg: TrainConfig, lr: float, processes: int, *lists: VideoList) -> dict[str, Any]:
+    """Everything that decides the numbers of a run, as JSON has it."""
+    videos = hashlib.sha256(repr([v.samples for v in lists]).encode()).hexdigest()[:16]
+    return json.loads(
+        json.dumps(asdict(cfg) | {"lr": lr, "processes": processes, "videos": videos})
+    )
