@@ -103,12 +103,12 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        wants = re.search(r"Unsupported (?:global|class|operand).*", str(error))
+        wants = re.search(r"unsupported (?:global|class) (\S+)", str(error), re.IGNORECASE)
         if wants is None:
             raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from error
         raise CheckpointError(
             f"{path} was refused: loading it would run code, which a file of weights need not do "
-            f"({wants[0][:120]}). If you trust its origin, load it yourself with torch.load and "
+            f"({wants[1]}). If you trust its origin, load it yourself with torch.load and "
             f"save the bare state_dict"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
@@ -57,17 +57,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The other commands' modules, and the libraries they import, stay unloaded.
         subparser = _parser_of(name, command) if argv[:1] == [name] else ArgumentParser()
         commands.add_subcommand(name, subparser, help=command.text)
-    parsed = parser.instantiate_classes(parser.parse_args(argv))
+    parsed = parser.parse_args(argv)
 
     logger = logging.getLogger("uniformer")
     logger.setLevel(logging.INFO)
     logger.handlers = [_Console()]
     command = COMMANDS[parsed.command]
-    values = vars(parsed[parsed.command])
     home = importlib.import_module(f"uniformer.{command.module}")
-    settings = getattr(home, command.settings)
+    settings, run = getattr(home, command.settings), getattr(home, parsed.command)
     try:
-        run = getattr(home, parsed.command)
+        values = vars(parser.instantiate(parsed)[parsed.command])
         run(settings(**{f.name: values[f.name] for f in fields(settings)}))
     except (ValueError, OSError, FloatingPointError, VideoDecodeError) as error:
         sys.exit(f"uniformer {parsed.command}: {error}")
@@ -89,13 +88,8 @@ def _parser_of(name: str, command: Command) -> "ArgumentParser":
     parser = ArgumentParser(description=getattr(home, name).__doc__.partition("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file of settings")
     if command.positional:
-        kinds = get_type_hints(settings)
-        parser.add_argument(
-            command.positional,
-            type=kinds[command.positional],
-            nargs=command.nargs,
-            help=about[command.positional],
-        )
+        name, text = command.positional, about[command.positional]
+        parser.add_argument(name, type=str, nargs=command.nargs, help=text)
     for switch in sorted(switches):
         action = ActionYesNo(no_prefix="no_")
         parser.add_argument(f"--{switch}", action=action, default=False, help=about[switch])

@@ -18,7 +18,7 @@ from uniformer.configs import InputConfig
 from uniformer.decoder import Decoder
 from uniformer.lists import Sample
 from uniformer.sampling import sample_test, sample_train
-from uniformer.transforms import AugmentConfig, test_views, train_clip
+from uniformer.transforms import AugmentConfig, make_views, train_clip
 from uniformer.video import VideoDecodeError
 
 __all__ = ["Batch", "Shuffled", "TestClips", "TrainClips", "collate", "make_loader", "worker_count"]
@@ -158,7 +158,7 @@ class TestClips(Dataset):
             views = torch.zeros(self.clips * self.crops, 3, self.input.frames, size, size)
             failure = [(sample.path, str(error))]
             return _batch_of_one(views, sample.label, index, sample.path, None, failure, False)
-        views = test_views(torch.from_numpy(frames), self.input, self.clips, self.crops)
+        views = make_views(torch.from_numpy(frames), self.input, self.clips, self.crops)
         if self.shuffle_frames:
             order = np.random.default_rng(index).permutation(self.input.frames)
             views = views[:, :, torch.from_numpy(order)]
@@ -172,13 +172,14 @@ class TestClips(Dataset):
 
 
 class Shuffled(Sampler[tuple[int, int]]):
-    """Every index once an epoch, each with a seed for what chance does to it."""
+    """Every index once an epoch, each with a seed for what chance does to it.
+
+    Whoever iterates sets `epoch`. There is no `set_epoch`: accelerate would call it with a count of
+    its own, which starts at 0 again in a resumed run.
+    """
 
     def __init__(self, length: int, seed: int) -> None:
         self.length, self.seed, self.epoch = length, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.length

@@ -5,10 +5,11 @@ import logging
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from uniformer.lists import VideoList, read_labels, read_videos
 from uniformer.pretrained import ZOO
 from uniformer.video import VideoDecodeError
 
-__all__ = ["Evaluation", "FileReport", "TestConfig", "evaluate", "test"]
+__all__ = ["Evaluation", "FileReport", "TestConfig", "evaluate", "make_accelerator", "test"]
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,14 @@ class FileReport:
             if note not in self.notes:
                 self.notes[note] = path
                 log.info("%s, and perhaps others: %s", path, note)
+
+
+def make_accelerator(**settings: Any) -> Accelerator:
+    """An Accelerator with `settings`, whatever this process used before: bf16, then fp32, say."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    # Without `cpu`, processes on a machine without a GPU would not join one another.
+    return Accelerator(cpu=not torch.accelerator.is_available(), **settings)
 
 
 @torch.no_grad()
@@ -210,7 +219,7 @@ def test(cfg: TestConfig) -> Evaluation:
     crops = cfg.crops or (released.crops if released else 1)
     videos = read_videos(cfg.data, cfg.split, cfg.root, model.classes)
 
-    accelerator = Accelerator(mixed_precision=cfg.mixed_precision)
+    accelerator = make_accelerator(mixed_precision=cfg.mixed_precision)
     dataset = TestClips(
         videos.samples, input, Decoder(cfg.decoder, cfg.timeout), clips, crops, cfg.shuffle_frames
     )

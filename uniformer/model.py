@@ -221,6 +221,11 @@ class UniFormer(nn.Module):
 
     # --- timm's habits ----------------------------------------------------------------
 
+    @property
+    def num_classes(self) -> int:
+        """Logits a clip; 0 where there is no classifier."""
+        return self.cfg.num_classes
+
     def get_classifier(self) -> nn.Module:
         """The classifier: a Linear, or an Identity where there are no classes."""
         return self.head
@@ -274,13 +279,18 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _frozen_statistics(block: nn.Module) -> Iterator[None]:
-    """Normalise by the batch, but leave the running statistics: the first pass updated them."""
+    """Leave the running statistics as they are: the first pass has updated them.
+
+    Momentum 0 does so and, unlike passing no statistics, saves the same tensors for backward.
+    """
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [m for m in norms if m.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked

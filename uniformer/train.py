@@ -35,7 +35,7 @@ from uniformer.data import (
     worker_count,
 )
 from uniformer.decoder import Decoder
-from uniformer.evaluate import Evaluation, FileReport, evaluate
+from uniformer.evaluate import Evaluation, FileReport, evaluate, make_accelerator
 from uniformer.factory import create_model
 from uniformer.lists import VideoList, read_labels, read_videos
 from uniformer.model import UniFormer
@@ -169,7 +169,7 @@ def train(cfg: TrainConfig) -> Path:
         ValueError: settings or data are unusable, or `cfg.out` holds a run with other settings.
         FloatingPointError: the loss is no longer finite.
     """
-    accelerator = Accelerator(
+    accelerator = make_accelerator(
         mixed_precision=_precision(cfg.mixed_precision),
         gradient_accumulation_steps=cfg.accumulate,
         log_with=cfg.trackers or None,
@@ -203,7 +203,7 @@ def train(cfg: TrainConfig) -> Path:
     )
     trainer.resume(_settings(cfg, lr, accelerator.num_processes, videos, val_videos))
     while trainer.progress.epoch < cfg.epochs:
-        shuffled.set_epoch(trainer.progress.epoch)
+        shuffled.epoch = trainer.progress.epoch
         trainer.train_epoch(loader)
         trainer.finish_epoch(evaluate(model, val_loader, accelerator, title="validate"))
     accelerator.end_training()

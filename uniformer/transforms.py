@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from uniformer.configs import InputConfig
 
-__all__ = ["AugmentConfig", "test_views", "train_clip"]
+__all__ = ["AugmentConfig", "make_views", "train_clip"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _augmentation(size: int, augment: AugmentConfig) -> nn.Module:
     return K.VideoSequential(*steps, data_format="BTCHW", same_on_frame=True)
 
 
-def test_views(frames: Tensor, cfg: InputConfig, clips: int, crops: int) -> Tensor:
+def make_views(frames: Tensor, cfg: InputConfig, clips: int, crops: int) -> Tensor:
     """Scale the short side to `size` and cut square crops along the long side.
 
     Args:
