@@ -24,6 +24,8 @@ def test_the_demo_runs_to_its_end_twice(tmp_path, capsys):
             assert min(image.size) > 200
     assert json.loads((out / "test.json").read_text())["settings"]["crops"] == 3
     assert (out / "run/best.safetensors").is_file()
+    result = json.loads((out / "result.json").read_text())
+    assert 0 <= result["top1_frames_in_random_order"] <= 100
     demo(cfg)  # finished: it trains again rather than do nothing
     assert "epoch   1/1" in capsys.readouterr().out
 

@@ -247,3 +247,23 @@ def test_drop_path_grows_linearly_from_0():
 
 def _stages(model: UniFormer) -> list[nn.ModuleList]:
     return [model.blocks1, model.blocks2, model.blocks3, model.blocks4]
+
+
+# --- Compilers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_network_compiles_without_graph_breaks(mode):
+    model = getattr(tiny(), mode)()
+    x = torch.randn(2, 3, 4, 32, 32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_network_exports():
+    model, x = tiny().eval(), torch.randn(2, 3, 4, 32, 32)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(x[:1]), model(x[:1]))

@@ -99,3 +99,12 @@ def test_bad_augmentation_is_refused(bad):
 def test_bad_input_settings_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         InputConfig(**bad)
+
+
+def test_large_frames_are_first_reduced_to_the_scale_of_the_official_data():
+    """A fine checkerboard is grey at 320 pixels; sampled as it is, it would turn into a pattern."""
+    board = (torch.arange(480)[:, None] + torch.arange(640)[None]) % 2 * 255
+    frames = board.byte()[None, :, :, None].expand(2, -1, -1, 3)
+    view = make_views(frames, InputConfig(frames=2, size=64, mean=(0, 0, 0), std=(1, 1, 1)), 1, 1)
+    assert view.shape == (1, 3, 2, 64, 64)
+    assert (view - 0.5).abs().max() < 0.02

@@ -1,16 +1,20 @@
 """The whole of it in one command: build clips, train, test, look, predict."""
 
 import json
+import platform
 import random
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from uniformer.configs import InputConfig
+from uniformer.data import worker_count
 from uniformer.decoder import Decoder
 from uniformer.digits import CLASSES, build_digits
-from uniformer.evaluate import TestConfig, test
+from uniformer.evaluate import Evaluation, TestConfig, test
 from uniformer.factory import load_model
 from uniformer.predict import PredictConfig, contact_sheet, predict, predict_video
 from uniformer.train import TrainConfig, train
@@ -71,15 +75,16 @@ def demo(cfg: DemoConfig) -> None:
 
     print("4. Pictures, and one video from disk")
     _curves(run / "metrics.json", out / "curves.png")
-    videos = [
-        random.Random(cfg.seed).choice(sorted((clips / "val" / c).iterdir())) for c in CLASSES
-    ]
+    rng = random.Random(cfg.seed)
+    videos = [rng.choice(sorted((clips / "val" / c).iterdir())) for c in CLASSES]
     model = load_model(best)
     with Decoder() as decoder:
         seen = [predict_video(model, v, decoder=decoder) for v in videos]
     contact_sheet(seen, out / "contact_sheet.png", model.input, list(CLASSES))
     predict(PredictConfig([str(videos[0])], str(best), top=3))
 
+    seconds = round(time.perf_counter() - started)
+    _write_result(out / "result.json", cfg, result, shuffled, seconds)
     print(
         f"""
   top-1 on unseen digits               {result.top1:6.1f}%   ({result.videos} videos)
@@ -88,7 +93,7 @@ def demo(cfg: DemoConfig) -> None:
   curves         {out / "curves.png"}
   contact sheet  {out / "contact_sheet.png"}
   weights        {best}
-  took           {time.perf_counter() - started:.0f} s
+  took           {seconds} s
 
 Your own videos, one folder a class:
   uniformer train --data FOLDER --out runs/mine
@@ -103,6 +108,27 @@ def _start_over(cfg: DemoConfig, mark: Path, run: Path) -> None:
     if finished or not mark.is_file() or mark.read_text() != settings:
         shutil.rmtree(run, ignore_errors=True)
     mark.write_text(settings)
+
+
+def _write_result(
+    path: Path, cfg: DemoConfig, result: Evaluation, shuffled: Evaluation, seconds: int
+) -> None:
+    """The figures, and what they were taken on."""
+    content = {
+        "settings": asdict(cfg),
+        "videos": result.videos,
+        "top1": result.top1,
+        "top1_frames_in_random_order": shuffled.top1,
+        "seconds": seconds,
+        "environment": {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "machine": platform.machine(),
+            "cores": worker_count(None),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _curves(metrics: Path, path: Path) -> None:
@@ -121,7 +147,7 @@ def _curves(metrics: Path, path: Path) -> None:
         right.plot(epochs, [row[key] for row in history], f"{marker}-", color=colour, label=label)
     right.axhline(100 / len(CLASSES), color="0.5", linestyle=":", label="chance")
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)", ylim=(0, 102))
-    right.legend(loc="lower right")
+    right.legend(loc="center right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -55,25 +55,20 @@ class Evaluation:
 
 
 class FileReport:
-    """Names each unreadable file once, and each reason for reading otherwise once.
+    """Names each unreadable file once, and each reason for reading otherwise once."""
 
-    Args:
-        failures: what was already named, path to reason.
-    """
-
-    def __init__(self, failures: dict[str, str] | None = None) -> None:
-        self.failures = dict(failures or {})
-        self.notes: dict[str, str] = {}
+    def __init__(self) -> None:
+        self.said: set[str] = set()
 
     def add(self, batch: Batch) -> None:
-        """Take note of a batch; new failures and new reasons are logged."""
+        """Log what is new in a batch."""
         for path, reason in batch.failures:
-            if path not in self.failures:
-                self.failures[path] = reason
+            if path not in self.said:
+                self.said.add(path)
                 log.warning("unreadable video: %s", reason)
         for path, note in batch.notes:
-            if note not in self.notes:
-                self.notes[note] = path
+            if note not in self.said:
+                self.said.add(note)
                 log.info("%s, and perhaps others: %s", path, note)
 
 
@@ -87,7 +82,11 @@ def make_accelerator(**settings: Any) -> Accelerator:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, accelerator: Accelerator, title: str = "test"
+    model: nn.Module,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    title: str = "test",
+    report: FileReport | None = None,
 ) -> Evaluation:
     """Classify every video of a loader of `TestClips`.
 
@@ -96,6 +95,7 @@ def evaluate(
         loader: likewise.
         accelerator: where it runs.
         title: of the progress bar.
+        report: where unreadable files are named.
 
     Returns:
         The outcome, the same in every process.
@@ -106,15 +106,19 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    report = FileReport()
+    report = report or FileReport()
     rows: dict[int, tuple[int, Tensor]] = {}  # by index: uneven shards repeat videos
+    unreadable: dict[str, str] = {}
     quiet = None if accelerator.is_main_process else True
     for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=quiet):
         batch = batch.to(accelerator.device)
         report.add(batch)
+        unreadable |= dict(batch.failures)
+        # As many views at a time as there are videos: memory does not grow with clips and crops.
+        views = batch.views.flatten(0, 1).split(len(batch.labels))
         with accelerator.autocast():
-            logits = model(batch.views.flatten(0, 1))
-        logits = logits.double().unflatten(0, batch.views.shape[:2]).sum(1).cpu()
+            logits = torch.cat([model(v).double() for v in views])
+        logits = logits.unflatten(0, batch.views.shape[:2]).sum(1).cpu()
         for i, label, ok, row in zip(
             batch.indices.tolist(), batch.labels.tolist(), batch.readable.tolist(), logits,
             strict=True,
@@ -124,8 +128,8 @@ def evaluate(
     model.train(was_training)
     if accelerator.num_processes > 1:
         rows = dict(gather_object(list(rows.items())))
-        report.failures = dict(gather_object(list(report.failures.items())))
-    return _score(rows, report.failures)
+        unreadable = dict(gather_object(list(unreadable.items())))
+    return _score(rows, unreadable)
 
 
 def _score(rows: dict[int, tuple[int, Tensor]], unreadable: dict[str, str]) -> Evaluation:
@@ -227,7 +231,8 @@ def test(cfg: TestConfig) -> Evaluation:
     model, loader = accelerator.prepare(model, loader)
     result = evaluate(model, loader, accelerator)
     if accelerator.is_main_process:
-        print(f"{cfg.checkpoint} on {cfg.data} ({cfg.split}), {clips} clips x {crops} crops")
+        shuffled = ", frames in random order" if cfg.shuffle_frames else ""
+        print(f"{cfg.checkpoint} on {cfg.data}, {clips} clips x {crops} crops{shuffled}")
         print(summary(result))
         if cfg.out:
             save(result, videos, cfg, cfg.out)

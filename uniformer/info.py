@@ -124,11 +124,14 @@ def _print_paper() -> None:
 
 
 def _print_zoo() -> None:
-    print(f"  {'name':<36}{'frames':>7}{'stride':>8}{'views':>7}{'top-1':>7}{'GFLOPs':>8}  from")
+    print(
+        f"  {'name':<36}{'frames':>7}{'stride':>8}{'views':>7}{'top-1':>7}{'GFLOPs':>8}  "
+        f"{'order':<7}from"
+    )
     for w in ZOO.values():
         source = w.hub or ("Google Drive" if w.drive else "not released")
         source += "" if w.model in PRESETS else ", not built by this version"
         print(
             f"  {w.name:<36}{w.frames:>7}{w.stride or 'even':>8}{f'{w.clips}x{w.crops}':>7}"
-            f"{w.top1:>7}{w.gflops:>8}  {source}"
+            f"{w.top1:>7}{w.gflops:>8}  {'BGR' if w.input.bgr else 'RGB':<7}{source}"
         )

@@ -188,7 +188,8 @@ def contact_sheet(
             text += f"   (is: {truth[n]})"
         draw.text((GAP, top + 2), text, INK, font)
         end = GAP + draw.textlength(text, font)
-        draw.text((end + 12, top + 2), Path(prediction.path).name, FAINT, font)
+        name = "/".join(Path(prediction.path).parts[-2:])
+        draw.text((end + 12, top + 2), name, FAINT, font)
         for t, frame in enumerate(_pixels(prediction.views, input)):
             x = GAP + t % columns * (CELL + GAP)
             y = top + LINE + GAP + t // columns * (CELL + GAP)

@@ -1,10 +1,11 @@
 """Look at every video before a training does: which cannot be read, and which are read slowly."""
 
 import json
+import logging
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -16,6 +17,8 @@ from uniformer.lists import VideoList, read_videos, videos_in
 from uniformer.video import VideoDecodeError
 
 __all__ = ["ScanConfig", "drop_unreadable", "scan"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,6 +57,7 @@ def scan(cfg: ScanConfig) -> list[dict[str, Any]]:
         paths = videos_in(Path(cfg.data))
     else:
         paths = [s.path for s in read_videos(cfg.data, "train", cfg.root).samples]
+    paths = [os.path.abspath(p) for p in paths]
     if not paths:
         raise ValueError(f"there are no videos in {cfg.data}")
     manifest = Path(cfg.manifest)
@@ -94,10 +98,12 @@ def drop_unreadable(videos: VideoList, manifest: str | os.PathLike) -> tuple[Vid
     Raises:
         ValueError: the manifest is not there or is none.
     """
-    bad = {row["path"] for row in _read_manifest(Path(manifest)) if row["error"]}
-    samples = [s for s in videos.samples if s.path not in bad]
-    left_out = len(videos.samples) - len(samples)
-    return VideoList(samples, videos.classes, videos.held_out), left_out
+    rows = {row["path"]: row["error"] for row in _read_manifest(Path(manifest))}
+    paths = [os.path.abspath(s.path) for s in videos.samples]
+    if unknown := sum(path not in rows for path in paths):
+        log.warning("%d of %d videos are not in %s: scan again", unknown, len(paths), manifest)
+    samples = [s for s, p in zip(videos.samples, paths, strict=True) if not rows.get(p)]
+    return replace(videos, samples=samples), len(paths) - len(samples)
 
 
 def _stamp(path: str) -> dict[str, Any]:

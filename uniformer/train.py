@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -205,7 +205,7 @@ def train(cfg: TrainConfig) -> Path:
     while trainer.progress.epoch < cfg.epochs:
         shuffled.epoch = trainer.progress.epoch
         trainer.train_epoch(loader)
-        trainer.finish_epoch(evaluate(model, val_loader, accelerator, title="validate"))
+        trainer.finish_epoch(evaluate(model, val_loader, accelerator, "validate", trainer.report))
     accelerator.end_training()
     return trainer.folder.path / "best.safetensors"
 
@@ -223,7 +223,7 @@ class Trainer:
     ) -> None:
         self.cfg, self.accelerator, self.model = cfg, accelerator, model
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.folder, self.progress = RunFolder(cfg.out), Progress()
+        self.folder, self.progress, self.report = RunFolder(cfg.out), Progress(), FileReport()
         accelerator.register_for_checkpointing(scheduler, self.progress)
 
     def say(self, text: str) -> None:
@@ -237,6 +237,7 @@ class Trainer:
         if checkpoint is not None:
             self.accelerator.load_state(str(checkpoint))
             p = self.progress
+            self.report.said.update(p.failures)
             self.say(f"going on from {checkpoint}: epoch {p.epoch + 1}, batch {p.batch + 1}")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -246,8 +247,6 @@ class Trainer:
     def train_epoch(self, loader: DataLoader) -> None:
         """Train on what is left of the current epoch."""
         p, accelerator = self.progress, self.accelerator
-        report = FileReport(p.failures)
-        p.failures = report.failures
         sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         if accelerator.is_main_process:
             sums += torch.tensor(p.sums, dtype=torch.float64, device=accelerator.device)
@@ -259,7 +258,8 @@ class Trainer:
         self.model.train()
         started = time.perf_counter() - p.seconds
         for batch in bar:
-            report.add(batch)
+            self.report.add(batch)
+            p.failures |= dict(batch.failures)
             with accelerator.accumulate(self.model):
                 loss = self.train_step(batch, sums)
             p.batch += 1
@@ -305,6 +305,8 @@ class Trainer:
     def finish_epoch(self, result: Evaluation) -> None:
         """Log the epoch; save weights, the best ones apart, and a checkpoint."""
         p = self.progress
+        if self.accelerator.num_processes > 1:
+            p.failures = dict(gather_object(list(p.failures.items())))
         loss, right, seen = p.sums
         row = {
             "epoch": p.epoch + 1,
@@ -353,6 +355,11 @@ def _read_data(cfg: TrainConfig) -> tuple[VideoList, VideoList]:
     if cfg.val is None and not Path(cfg.data).is_dir():
         raise ValueError(f"{cfg.data} is a list of training videos: give the other one with --val")
     val = read_videos(cfg.val or cfg.data, "val", cfg.root, videos.classes)
+    if not videos.samples or not val.samples:
+        raise ValueError(
+            f"{len(videos.samples)} videos to train on and {len(val.samples)} to validate on: of "
+            f"each there must be some. A class of one video is never held out; give --val"
+        )
     if val.num_classes > videos.num_classes:
         raise ValueError(
             f"validation has {val.num_classes} classes, training only {videos.num_classes}"
@@ -376,12 +383,23 @@ def _make_model(cfg: TrainConfig, videos: VideoList) -> UniFormer:
         cfg.model, videos.num_classes, pretrained=cfg.pretrained or False,
         fresh_head=cfg.fresh_head, **cfg.overrides,
     )  # fmt: skip
+    _compare_input(cfg, model.input)
     model.input, model.classes = cfg.input, videos.classes
     if any(cfg.grad_checkpointing):
         model.set_grad_checkpointing(cfg.grad_checkpointing)
     if cfg.sync_batchnorm:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
+
+
+def _compare_input(cfg: TrainConfig, trained: InputConfig | None) -> None:
+    """Weights fed with other colours than they know learn, but start from little."""
+    for name in ("bgr", "mean", "std"):
+        if trained and getattr(trained, name) != (now := getattr(cfg.input, name)):
+            log.warning(
+                "%s was trained with %s=%s, this run has %s: perhaps give --input.%s too",
+                cfg.pretrained, name, getattr(trained, name), now, name,
+            )  # fmt: skip
 
 
 def _settings(cfg: TrainConfig, lr: float, processes: int, *lists: VideoList) -> dict[str, Any]:

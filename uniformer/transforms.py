@@ -61,7 +61,7 @@ def train_clip(frames: Tensor, cfg: InputConfig, augment: AugmentConfig, seed: i
     video = _augmentation(cfg.size, augment)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = video(_scaled(frames).unsqueeze(0))
+        clip = video(_scaled(frames, cfg.size).unsqueeze(0))
     return _normalised(clip.transpose(1, 2), cfg)
 
 
@@ -96,7 +96,7 @@ def make_views(frames: Tensor, cfg: InputConfig, clips: int, crops: int) -> Tens
     """
     if crops not in (1, 3):
         raise ValueError(f"crops must be 1 or 3, got {crops}")
-    x = _scaled(frames)
+    x = _scaled(frames, cfg.size)
     H, W = x.shape[2:]
     short = min(H, W)
     height = cfg.size if short == H else math.floor(H / W * cfg.size)
@@ -110,9 +110,19 @@ def make_views(frames: Tensor, cfg: InputConfig, clips: int, crops: int) -> Tens
     return _normalised(views, cfg)
 
 
-def _scaled(frames: Tensor) -> Tensor:
-    """(T, H, W, 3) uint8 -> (T, 3, H, W) fp32 in 0..1."""
-    return frames.permute(0, 3, 1, 2).float().div_(255)
+def _scaled(frames: Tensor, size: int) -> Tensor:
+    """(T, H, W, 3) uint8 -> (T, 3, h, w) fp32 in 0..1.
+
+    Frames larger than the official data sets' are reduced to their scale, 320 pixels along the
+    short side for crops of 224; they were so on disk. In float a 1080p clip alone takes a second.
+    """
+    x = frames.permute(0, 3, 1, 2)
+    H, W = x.shape[2:]
+    factor = size * 320 / 224 / min(H, W)
+    if factor < 1:
+        shape = (round(H * factor), round(W * factor))
+        x = F.interpolate(x, shape, mode="bilinear", antialias=True)
+    return x.float().div_(255)
 
 
 def _normalised(views: Tensor, cfg: InputConfig) -> Tensor:

@@ -35,7 +35,7 @@ class VideoTooShort(Exception):
 
     def __init__(self, promised: "VideoInfo", frames: int) -> None:
         super().__init__()
-        note = f"it has {frames} frames, its packets promise {promised.frames}"
+        note = "fewer frames decode than its packets promise"
         self.info = replace(promised, frames=frames, note=note)
 
 
@@ -270,5 +270,8 @@ def _why_not_seek(packets: list, formats: list[str], pixels: str | None) -> str 
 
 
 def error_text(error: BaseException) -> str:
+    """One line of what went wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without the path, which every message begins with
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
