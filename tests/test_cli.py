@@ -155,7 +155,7 @@ def test_a_run_killed_by_the_system_goes_on(digits, tmp_path):
     again = subprocess.run(
         command(tmp_path / "killed"), check=True, capture_output=True, text=True, timeout=300
     )
-    assert "going on from" in again.stdout
+    assert "going on at" in again.stdout
     whole, resumed = (
         read_checkpoint(tmp_path / name / "last.safetensors").weights
         for name in ("whole", "killed")

@@ -1,6 +1,7 @@
 """Scores, views, and files that cannot be read."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -83,11 +84,15 @@ def test_the_model_is_left_in_the_mode_it_was_in(model, digits):
     assert model.training
 
 
-def test_nothing_readable_is_an_error(model, tmp_path):
+def test_nothing_readable_is_no_accuracy(model, checkpoint, tmp_path):
     with Decoder() as decoder:
         loader = make_loader(TestClips([Sample(str(tmp_path / "x.mp4"), 0)], INPUT, decoder), 1, 0)
-        with pytest.raises(VideoDecodeError, match="no video could be read"):
-            evaluate(model, loader, make_accelerator())
+        result = evaluate(model, loader, make_accelerator())
+    assert (result.videos, len(result.unreadable)) == (0, 1)
+    assert math.isnan(result.top1)
+    (tmp_path / "list.csv").write_text("gone.mp4,0\n")
+    with pytest.raises(VideoDecodeError, match="none of the 1 videos could be read"):
+        module.test(TestConfig(checkpoint, str(tmp_path / "list.csv"), workers=0))
 
 
 def test_labels_beyond_the_model_are_an_error():

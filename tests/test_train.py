@@ -152,6 +152,27 @@ def test_broken_files_neither_stop_nor_hide(cfg, digits, tmp_path, caplog):
     assert len(named) == 2
 
 
+def test_a_validation_of_nothing_readable_does_not_stop_the_run(cfg, digits, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    for video in data.glob("val/*/*.mp4"):
+        video.write_bytes(b"no video")
+    best = train(replace(cfg, data=str(data), epochs=1))
+    (row,) = json.loads((best.parent / "metrics.json").read_text())
+    assert row["val_top1"] is None
+    assert row["unreadable"] == 8
+    assert best.is_file()
+
+
+def test_metrics_lost_to_a_kill_are_written_again(cfg):
+    """Killed after the last checkpoint, before its row of metrics."""
+    folder = train(cfg).parent
+    whole = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").unlink()
+    train(cfg)
+    assert (folder / "metrics.json").read_text() == whole
+
+
 def test_accumulated_batches_take_one_step(cfg):
     best = train(replace(cfg, epochs=1, batch_size=4, accumulate=2))
     history = json.loads((best.parent / "metrics.json").read_text())
@@ -188,7 +209,9 @@ def test_lists_need_a_validation_list(cfg, tmp_path):
         train(replace(cfg, data=str(tmp_path / "train.csv")))
 
 
-@pytest.mark.parametrize("bad", [{"epochs": 0}, {"warmup": 1.0}, {"batch_size": 0}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"epochs": 0}, {"warmup": 1.0}, {"batch_size": 0}, {"lr": 0.0}], ids=str
+)
 def test_bad_settings_are_refused(cfg, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         replace(cfg, **bad)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 @dataclass
 class Evaluation:
     """The outcome of a test. Accuracies are in percent, over the videos that could be read.
+
+    Where none could, they are not a number.
 
     Attributes:
         top1: share of videos whose class has the largest logit.
@@ -101,7 +104,6 @@ def evaluate(
         The outcome, the same in every process.
 
     Raises:
-        VideoDecodeError: no video could be read.
         ValueError: a label is beyond the model's classes.
     """
     was_training = model.training
@@ -134,8 +136,8 @@ def evaluate(
 
 def _score(rows: dict[int, tuple[int, Tensor]], unreadable: dict[str, str]) -> Evaluation:
     if not rows:
-        first = next(iter(unreadable.values()), "the list is empty")
-        raise VideoDecodeError(f"no video could be read, the first of {len(unreadable)}: {first}")
+        nothing = torch.zeros(0)
+        return Evaluation(math.nan, math.nan, math.nan, 0, unreadable, nothing, nothing, nothing)
     indices = sorted(rows)
     labels = torch.tensor([rows[i][0] for i in indices])
     logits = torch.stack([rows[i][1] for i in indices])
@@ -230,6 +232,11 @@ def test(cfg: TestConfig) -> Evaluation:
     loader = make_loader(dataset, cfg.batch_size, worker_count(cfg.workers))
     model, loader = accelerator.prepare(model, loader)
     result = evaluate(model, loader, accelerator)
+    if not result.videos:
+        first = next(iter(result.unreadable.values()))
+        raise VideoDecodeError(
+            f"none of the {len(result.unreadable)} videos could be read, the first: {first}"
+        )
     if accelerator.is_main_process:
         shuffled = ", frames in random order" if cfg.shuffle_frames else ""
         print(f"{cfg.checkpoint} on {cfg.data}, {clips} clips x {crops} crops{shuffled}")

@@ -128,6 +128,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.lr is not None and self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a share from 0 to below 1, got {self.warmup}")
 
@@ -188,7 +190,9 @@ def train(cfg: TrainConfig) -> Path:
     )
     shuffled = cast(Shuffled, loader.sampler)
 
-    lr = cfg.lr or 1e-4 * cfg.batch_size * cfg.accumulate * accelerator.num_processes / 32
+    lr = cfg.lr
+    if lr is None:
+        lr = 1e-4 * cfg.batch_size * cfg.accumulate * accelerator.num_processes / 32
     adamw = make_optimizer(model, lr, cfg.weight_decay)
     model, optimizer, loader, val_loader = accelerator.prepare(model, adamw, loader, val_loader)
     steps = cfg.epochs * math.ceil(len(loader) / cfg.accumulate)
@@ -238,10 +242,13 @@ class Trainer:
             self.accelerator.load_state(str(checkpoint))
             p = self.progress
             self.report.said.update(p.failures)
-            self.say(f"going on from {checkpoint}: epoch {p.epoch + 1}, batch {p.batch + 1}")
+            at = f"epoch {p.epoch + 1}, batch {p.batch + 1}"
+            done = p.epoch == self.cfg.epochs
+            self.say(f"{checkpoint}: " + ("finished already" if done else f"going on at {at}"))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.write_json("settings.json", settings)
+            self.folder.write_json("metrics.json", self.progress.history)
         self.accelerator.init_trackers("uniformer", config={k: str(v) for k, v in settings.items()})
 
     def train_epoch(self, loader: DataLoader) -> None:
@@ -264,11 +271,11 @@ class Trainer:
                 loss = self.train_step(batch, sums)
             p.batch += 1
             last = p.batch == len(loader)
-            if last or p.batch % LOSS_EVERY == 0:
-                self.check_loss(float(loss))
-                bar.set_postfix(loss=f"{float(loss):.3f}")
             every = self.cfg.checkpoint_every
             due = every and accelerator.sync_gradients and p.step % every == 0
+            if last or due or p.batch % LOSS_EVERY == 0:
+                self.check_loss(float(loss))
+                bar.set_postfix(loss=f"{float(loss):.3f}")
             if last or due:
                 p.sums = tuple(accelerator.reduce(sums, "sum").tolist())
                 p.seconds = time.perf_counter() - started
@@ -314,11 +321,12 @@ class Trainer:
             "lr": self.scheduler.get_last_lr()[0],
             "train_loss": loss / seen,
             "train_top1": 100 * right / seen,
-            "val_top1": result.top1,
-            "val_top5": result.top5,
+            "val_top1": result.top1 if result.videos else None,
+            "val_top5": result.top5 if result.videos else None,
             "unreadable": len(p.failures | result.unreadable),
         }
-        best = result.top1 > max((r["val_top1"] for r in p.history), default=-1.0)
+        before = [r["val_top1"] for r in p.history if r["val_top1"] is not None]
+        best = not before or result.top1 > max(before)
         p.history.append(row)
         self.say(
             f"epoch {row['epoch']:>3}/{self.cfg.epochs}  loss {row['train_loss']:.3f}  top-1 "
