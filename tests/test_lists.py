@@ -76,8 +76,8 @@ def test_folders_are_put_in_the_order_of_the_classes_known(tmp_path):
 
 @pytest.mark.parametrize(("made", "split", "complaint"), [
     (["train/run/a.mp4"], "val", "no folder val or validation"),
-    (["run/notes.txt"], "train", "without any"),
-    (["a.mp4"], "train", "a folder for each class"),
+    (["run/notes.txt"], "train", "no video in any"),
+    (["a.mp4"], "train", "1 videos beside them"),
 ], ids=str)  # fmt: skip
 def test_folders_without_videos_are_refused(tmp_path, made, split, complaint):
     touch(tmp_path, *made)

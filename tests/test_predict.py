@@ -36,7 +36,7 @@ def test_probabilities_are_of_all_classes_and_sorted(model, video):
     assert prediction.probabilities == sorted(prediction.probabilities, reverse=True)
     assert prediction.views.shape == (6, 3, 4, 32, 32)
     with torch.no_grad():
-        want = model(prediction.views).mean(0).softmax(0).max()
+        want = model.eval()(prediction.views).mean(0).softmax(0).max()
     assert prediction.probabilities[0] == pytest.approx(float(want), rel=1e-4)
 
 
@@ -71,11 +71,31 @@ def test_labels_from_a_file(checkpoint, video, tmp_path, capsys):
 
 
 def test_an_unreadable_video_does_not_stop_the_others(checkpoint, video, capsys):
-    done = predict(PredictConfig(["missing.mp4", video], checkpoint))
-    assert [p.path for p in done] == [video]
-    assert "unreadable: missing.mp4: no such file" in capsys.readouterr().out
-    with pytest.raises(VideoDecodeError, match=r"missing\.mp4"):
-        predict(PredictConfig(["missing.mp4"], checkpoint))
+    with pytest.raises(VideoDecodeError, match=r"1 of 2 .*\n  missing\.mp4: no such file"):
+        predict(PredictConfig(["missing.mp4", video], checkpoint))
+    assert video in capsys.readouterr().out
+
+
+def test_a_folder_of_videos_is_predicted_video_by_video(checkpoint, video, tmp_path):
+    assert [p.path for p in predict(PredictConfig([str(tmp_path)], checkpoint))] == [video]
+
+
+def test_predicting_in_the_midst_of_training_leaves_the_mode(model, video):
+    assert predict_video(model.train(), video).classes
+    assert model.training
+    assert predict_video(model.bfloat16(), video).classes
+
+
+@pytest.mark.parametrize("bad", [{"top": 0}, {"clips": 0}, {"crops": 2}], ids=str)
+def test_impossible_predictions_are_refused(model, video, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        predict_video(model, video, **bad)
+
+
+def test_a_backbone_predicts_nothing(model, video):
+    model.reset_classifier(0)
+    with pytest.raises(ValueError, match="there must be classes to name"):
+        predict_video(model, video)
 
 
 @pytest.mark.parametrize("bgr", [False, True])
@@ -85,6 +105,11 @@ def test_the_sheet_shows_the_frames_the_model_saw(model, video, tmp_path, bgr):
     prediction = predict_video(model, video)
     contact_sheet([prediction], tmp_path / "sheet.png", model.input, truth=["swim"])
     with Image.open(tmp_path / "sheet.png") as sheet:
+        one_view = sheet.height
         frame = sheet.crop((4, 24, 4 + 112, 24 + 112)).resize((64, 64))
     red = max(frame.get_flattened_data(), key=lambda p: p[0] - p[2])
     assert red[0] > 120 > red[2]  # the block that moves is red
+    many = predict_video(model, video, clips=2, crops=3)
+    contact_sheet([many], tmp_path / "many.png", model.input)
+    with Image.open(tmp_path / "many.png") as sheet:
+        assert sheet.height > 5 * one_view

@@ -74,6 +74,6 @@ def test_bad_manifests_and_empty_folders_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="there are no videos"):
         scan(ScanConfig(str(tmp_path / "empty")))
     (tmp_path / "m.jsonl").write_text("not json\n")
-    for bad in (tmp_path / "m.jsonl", tmp_path / "gone.jsonl"):
-        with pytest.raises(ValueError, match="is not a manifest"):
-            drop_unreadable(read_videos(folder, "test"), bad)
+    for bad, complaint in (("m.jsonl", "is not a manifest"), ("gone.jsonl", "no such manifest")):
+        with pytest.raises(ValueError, match=complaint):
+            drop_unreadable(read_videos(folder, "test"), tmp_path / bad)

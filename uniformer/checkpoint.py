@@ -103,13 +103,14 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        wants = re.search(r"unsupported (?:global|class) (\S+)", str(error), re.IGNORECASE)
+        pattern = r"unsupported (?:global|class):? (?:GLOBAL )?(\S+)"
+        wants = re.search(pattern, str(error), re.IGNORECASE)
         if wants is None:
             raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from error
         raise CheckpointError(
             f"{path} was refused: loading it would run code, which a file of weights need not do "
             f"({wants[1]}). If you trust its origin, load it yourself with torch.load and "
-            f"save the bare state_dict"
+            f"save its state_dict() alone"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -210,7 +211,8 @@ def load_weights(
     Args:
         model: a UniFormer.
         weights: a state_dict; 2-D convolutions (image weights) are inflated to 3-D.
-        fresh_head: leave the classifier as it was drawn, whatever `weights` hold of it.
+        fresh_head: leave the classifier as it was drawn, whatever `weights` hold of it. A model
+            without a classifier (num_classes=0) never takes one.
         inflate: see `inflate_weight`.
         source: what to call `weights` in an error.
 
@@ -218,9 +220,10 @@ def load_weights(
         CheckpointError: keys are missing, unexpected or of another shape; it lists them.
     """
     target = model.state_dict()
+    headless = not any(k.startswith("head.") for k in target)
     ready = {}
     for key, value in weights.items():
-        if fresh_head and key.startswith("head."):
+        if key.startswith("head.") and (fresh_head or headless):
             continue
         if key in target and value.ndim == 4 and target[key].ndim == 5:
             value = inflate_weight(value, target[key].shape[2], inflate)
@@ -253,8 +256,8 @@ def _misfit(source: str, missing: list[str], unexpected: list[str], mismatched: 
     keys = missing + unexpected + [k.split()[0] for k in mismatched]
     if all(k.startswith("head.") for k in keys):
         lines.append(
-            "  Only the classifier differs: pass fresh_head=True to keep a new one (to fine-tune)"
-            ", or the num_classes of the checkpoint."
+            "  Only the classifier differs: pass fresh_head=True (--fresh_head) for a new one, to "
+            "fine-tune, or the num_classes of the checkpoint."
         )
     elif any(k.startswith("backbone.") for k in unexpected):
         lines.append(
@@ -295,8 +298,11 @@ def save_checkpoint(
         save_file(
             {k: v.detach().contiguous().cpu() for k, v in weights.items()},
             partial,
-            {HEADER: json.dumps(about), "format": "pt"},
+            {HEADER: json.dumps(about)},  # one key: the order of several is not the same each time
         )
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -107,7 +107,8 @@ class TrainClips(Dataset):
                 if len(failures) == MAX_REPLACED:
                     raise VideoDecodeError(
                         f"{MAX_REPLACED} videos in a row could not be read, the first: "
-                        f"{failures[0][1]}. Check that the files are there: uniformer scan"
+                        f"{failures[0][1]}. Are they there? Paths of a list start at --root; "
+                        f"uniformer scan looks at all of them"
                     ) from error
                 index = int(rng.integers(len(self.samples)))
                 continue
@@ -128,7 +129,7 @@ class TestClips(Dataset):
         shuffle_frames: put the frames of each clip in random order, to see what time is worth.
 
     Raises:
-        ValueError: there are no samples.
+        ValueError: there are no samples, or no such views.
     """
 
     __test__ = False  # no test, whatever pytest makes of the name
@@ -142,6 +143,8 @@ class TestClips(Dataset):
         crops: int = 1,
         shuffle_frames: bool = False,
     ) -> None:
+        if clips < 1 or crops not in (1, 3):
+            raise ValueError(f"clips must be 1 or more and crops 1 or 3, got {clips} and {crops}")
         self.samples = _some(samples)
         self.input, self.decoder = input, decoder
         self.clips, self.crops, self.shuffle_frames = clips, crops, shuffle_frames

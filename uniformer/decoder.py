@@ -5,6 +5,7 @@ no time limit within the process helps. Here the decoding process is a child, wh
 when a file takes too long, and is replaced.
 """
 
+import contextlib
 import faulthandler
 import os
 import pickle
@@ -115,7 +116,11 @@ class Decoder:
         child, self._child = self._child, None
         if child is not None and self._owner == os.getpid():
             child.kill()
-            child.communicate()
+            for pipe in (child.stdin, child.stdout):
+                with contextlib.suppress(OSError, ValueError):  # half a request may be left in it
+                    if pipe is not None:
+                        pipe.close()
+            child.wait()
 
     def __enter__(self) -> "Decoder":
         return self

@@ -60,6 +60,8 @@ def create_model(
         CheckpointError: the weights cannot be had, or do not fit; it says why.
     """
     preset, _, tag = name.partition(".")
+    if name in ZOO:
+        find_weights(preset, tag)  # says which of the released models are not built
     if preset not in PRESETS:
         raise ValueError(f"no model is named {preset!r}; there are {', '.join(PRESETS)}")
     settings = {f.name for f in fields(UniFormerConfig)}
@@ -110,7 +112,7 @@ def load_model(path: str | os.PathLike) -> UniFormer:
     checkpoint = read_checkpoint(path)
     if checkpoint.model is None:
         raise CheckpointError(
-            f"{path} holds weights only: name the network they belong to, as in "
+            f"{path} holds weights only: name the network they belong to (--model), as in "
             f"create_model('uniformer_small', pretrained={str(path)!r})"
         )
     return _fill(UniFormer(checkpoint.model), checkpoint, str(path))

@@ -75,6 +75,14 @@ def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
+def _check_channels(x: Tensor, dim: int) -> None:
+    if x.ndim < 2 or x.shape[-1] != dim:
+        raise ValueError(
+            f"x must be channels-last, (B, ..., {dim}), got shape {tuple(x.shape)}; from "
+            f"(B, C, T, H, W) it is x.permute(0, 2, 3, 4, 1)"
+        )
+
+
 def local_mhra(x: Tensor, value: nn.Module, affinity: nn.Module, unify: nn.Module) -> Tensor:
     """Eq. 4 to 6 with a head per channel: values, learned affinity in the tube, then U."""
     return unify(affinity(value(x)))
@@ -100,6 +108,7 @@ class LocalMHRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, H, W, C) -> (B, T, H, W, C), before the residual."""
+        _check_channels(x, self.conv1.in_channels)
         return local_mhra(x, self.conv1, self.attn, self.conv2)
 
 
@@ -139,6 +148,7 @@ class GlobalMHRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., C), tokens in between -> the same shape, before the residual."""
+        _check_channels(x, self.qkv.in_features)
         dropout = self.attn_drop if self.training else 0.0
         qkv = self.qkv(x.reshape(x.shape[0], -1, x.shape[-1]))
         out = attention(qkv, self.num_heads, self.scale, dropout)

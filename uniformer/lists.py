@@ -6,6 +6,7 @@ Something-Something lists of `folder frames label`; and Something-Something V2's
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uniformer.video import IMAGES
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Sample", "VideoList", "read_labels", "read_videos", "videos_in"]
 
@@ -157,10 +160,13 @@ def _read_folder(path: Path, split: str, classes: Sequence[str] | None) -> Video
     folders = sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
     found = {p.name: videos_in(p) for p in folders}
     if not any(found.values()):
+        loose = sum(p.name.lower().endswith(VIDEOS) for p in base.iterdir())
         raise ValueError(
-            f"{base} must hold a folder for each class with videos in it ({', '.join(VIDEOS)}); "
-            f"it holds {len(folders)} folders without any"
+            f"{base} must hold a folder for each class with its videos ({', '.join(VIDEOS)}); "
+            f"found: {len(folders)} folders, no video in any, {loose} videos beside them"
         )
+    if empty := [name for name, videos in found.items() if not videos]:
+        log.warning("%s: no videos in the class folders %s", base, ", ".join(empty))
     names = list(classes) if classes is not None else list(found)
     samples = []
     for name, videos in found.items():
@@ -194,7 +200,8 @@ def _index_of(name: str, classes: Sequence[str], what: str) -> int:
         if candidate in classes:
             return list(classes).index(candidate)
     raise ValueError(
-        f"{what} is none of the {len(classes)} known classes ({', '.join(classes[:3])}, ...): "
+        f"{what} is none of the {len(classes)} known classes "
+        f"({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}): "
         f"name it as they are named, or give other labels"
     )
 
@@ -203,7 +210,10 @@ def _index_of(name: str, classes: Sequence[str], what: str) -> int:
 
 
 def _read_lines(path: Path, base: Path, classes: Sequence[str] | None) -> VideoList:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no list of videos: it is not text") from error
     numbered = [(i, line) for i, line in enumerate(lines, start=1) if line]
     if not numbered:
         raise ValueError(f"{path} is empty")
@@ -232,7 +242,7 @@ def _label(text: str, classes: Sequence[str] | None, path: Path, line: int) -> i
         if classes is None:
             raise ValueError(
                 f"{where}: the label must be a whole number, got {text!r}; for names, give the "
-                f"file of labels too"
+                f"file of labels too, and leave out a header"
             )
         return _index_of(text, classes, f"{where}: {text!r}")
     label = int(text)

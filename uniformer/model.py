@@ -270,6 +270,7 @@ class UniFormer(nn.Module):
         self.grad_checkpointing = counts
 
 
+@torch.compiler.disable(recursive=False)  # Dynamo cannot trace contexts; it compiles the blocks
 def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return contextlib.nullcontext(), _frozen_statistics(block)

@@ -13,7 +13,7 @@ from uniformer.configs import InputConfig
 from uniformer.data import TestClips
 from uniformer.decoder import Decoder
 from uniformer.factory import open_model
-from uniformer.lists import Sample, read_labels
+from uniformer.lists import Sample, read_labels, videos_in
 from uniformer.model import UniFormer
 from uniformer.video import VideoDecodeError
 
@@ -42,7 +42,7 @@ class PredictConfig:
     """Settings of `uniformer predict`.
 
     Attributes:
-        videos: files, or folders of images.
+        videos: files, folders of them, or folders of images.
         checkpoint: a file of ours, a released one by name ("uniformer_small.k400_16x8"), or any
             other file of weights together with `model`.
         model: preset that a file of bare weights belongs to.
@@ -50,7 +50,7 @@ class PredictConfig:
         top: how many classes to print.
         clips: temporal clips a video.
         crops: spatial crops a clip, 1 or 3.
-        sheet: PNG to write: the frames the model saw, with its prediction.
+        sheet: PNG to write: the frames the model saw, view below view, with its prediction.
         decoder: "decord", "torchcodec" or "pyav".
         timeout: seconds that reading one video may take.
     """
@@ -71,11 +71,11 @@ def predict(cfg: PredictConfig) -> list[Prediction]:
     """Predict each video and print its top classes.
 
     Returns:
-        One prediction for each video that could be read.
+        One prediction for each video.
 
     Raises:
         ValueError: the checkpoint or a setting is unusable.
-        VideoDecodeError: none of the videos could be read.
+        VideoDecodeError: some of the videos could not be read; the others were predicted.
     """
     model = open_model(cfg.checkpoint, cfg.model)
     if cfg.labels:
@@ -87,24 +87,25 @@ def predict(cfg: PredictConfig) -> list[Prediction]:
         model.classes = names
     if model.classes is None:
         print("the names of the classes are not known: give a file of them with --labels")
+    paths = [p for v in cfg.videos for p in (videos_in(Path(v)) if Path(v).is_dir() else []) or [v]]
     predictions, failures = [], []
     with Decoder(cfg.decoder, cfg.timeout) as decoder:
-        for path in cfg.videos:
+        for path in paths:
             try:
                 prediction = predict_video(model, path, cfg.top, cfg.clips, cfg.crops, decoder)
             except VideoDecodeError as error:
                 failures.append(str(error))
-                print(f"unreadable: {error}")
                 continue
             predictions.append(prediction)
             print(path)
             for name, p in zip(prediction.classes, prediction.probabilities, strict=True):
                 print(f"  {100 * p:5.1f}%  {name}")
-    if not predictions:
-        raise VideoDecodeError(failures[0] if len(failures) == 1 else "no video could be read")
-    if cfg.sheet:
+    if cfg.sheet and predictions:
         contact_sheet(predictions, cfg.sheet, model.input)
         print(f"contact sheet: {cfg.sheet}")
+    if failures:
+        count = f"{len(failures)} of {len(paths)} videos could not be read"
+        raise VideoDecodeError("\n  ".join([count, *failures]))
     return predictions
 
 
@@ -120,7 +121,8 @@ def predict_video(
     """Classify one video.
 
     Args:
-        model: its `input` says how clips are made; moved to a GPU if there is one.
+        model: its `input` says how clips are made; moved to a GPU if there is one, and left in
+            the mode it was in.
         path: a file, or a folder of images.
         top: how many classes to return.
         clips: temporal clips.
@@ -132,9 +134,12 @@ def predict_video(
 
     Raises:
         VideoDecodeError: the video cannot be read.
+        ValueError: the model has no classifier, or `top` or the views are none.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval()
+    if not model.num_classes or top < 1:
+        raise ValueError(
+            f"there must be classes to name, got a model of {model.num_classes} and top={top}"
+        )
     input = model.input or InputConfig()
     own = Decoder() if decoder is None else decoder
     dataset = TestClips([Sample(os.fspath(path), 0)], input, own, clips, crops)
@@ -145,8 +150,13 @@ def predict_video(
             own.close()
     if batch.failures:
         raise VideoDecodeError(batch.failures[0][1])
-    views = batch.views[0]
-    chances = model(views.to(device)).float().mean(0).softmax(0).cpu()
+    views, was_training = batch.views[0], model.training
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parameter = next(model.to(device).eval().parameters())
+    try:
+        chances = model(views.to(parameter)).float().mean(0).softmax(0).cpu()
+    finally:
+        model.train(was_training)
     best = chances.topk(min(top, len(chances)))
     names = [model.classes[i] if model.classes else f"class {i}" for i in best.indices.tolist()]
     return Prediction(os.fspath(path), names, best.values.tolist(), views)
@@ -165,19 +175,19 @@ def contact_sheet(
     input: InputConfig | None = None,
     truth: list[str] | None = None,
 ) -> None:
-    """Write a PNG: for each video the frames of its middle view, and what was predicted.
+    """Write a picture: for each video what was predicted, and the frames of all its views.
 
     Args:
         predictions: a row for each.
-        path: of the PNG.
+        path: of the picture; its ending says which format, PNG by habit.
         input: how the views were normalised.
         truth: the right class of each video, if it is known.
     """
     input = input or InputConfig()
-    font = ImageFont.load_default(size=14)
-    T = predictions[0].views.shape[2]
+    font = _font()
+    V, _, T = predictions[0].views.shape[:3]
     columns = min(T, MAX_COLUMNS)
-    rows = -(-T // columns)
+    rows = -(-T // columns) * V
     height = LINE + rows * (CELL + GAP) + GAP
     sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, height * len(predictions)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -191,18 +201,27 @@ def contact_sheet(
         name = "/".join(Path(prediction.path).parts[-2:])
         draw.text((end + 12, top + 2), name, FAINT, font)
         for t, frame in enumerate(_pixels(prediction.views, input)):
-            x = GAP + t % columns * (CELL + GAP)
-            y = top + LINE + GAP + t // columns * (CELL + GAP)
+            row, column = divmod(t % T, columns)
+            x = GAP + column * (CELL + GAP)
+            y = top + LINE + GAP + (t // T * (rows // V) + row) * (CELL + GAP)
             sheet.paste(frame.resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, "PNG")
+    sheet.save(path)
 
 
 def _pixels(views: Tensor, input: InputConfig) -> list[Image.Image]:
-    """Frames of the middle view, as they were before normalisation."""
-    view = views[len(views) // 2]
-    view = view.flip(0) if input.bgr else view
-    shape = (3, 1, 1, 1)
-    view = view * torch.tensor(input.std).view(shape) + torch.tensor(input.mean).view(shape)
-    frames = view.clamp(0, 1).mul(255).round().byte().permute(1, 2, 3, 0).numpy()
-    return [Image.fromarray(f) for f in frames]
+    """Frames of all views, view after view, as they were before normalisation."""
+    views = views.flip(1) if input.bgr else views
+    shape = (1, 3, 1, 1, 1)
+    views = views * torch.tensor(input.std).view(shape) + torch.tensor(input.mean).view(shape)
+    frames = views.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 4, 1).flatten(0, 1)
+    return [Image.fromarray(f) for f in frames.numpy()]
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """matplotlib's, which has accents, where it is installed; else Pillow's own."""
+    try:
+        from matplotlib.font_manager import findfont
+    except ImportError:
+        return ImageFont.load_default(size=14)
+    return ImageFont.truetype(findfont("DejaVu Sans"), size=13)

@@ -6,6 +6,7 @@ means multiply-adds, summed over the views of a test.
 
 import fnmatch
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from uniformer.checkpoint import CheckpointError
 from uniformer.configs import PRESETS, InputConfig
 
 __all__ = ["Weights", "fetch", "find_weights", "kinetics400_classes", "list_pretrained"]
+
+log = logging.getLogger(__name__)
 
 HUB = "Sense-X/uniformer_video"
 HUB_AUTHOR = "Andy1621/uniformer"
@@ -217,7 +220,9 @@ def fetch(weights: Weights) -> Path:
     """
     local = Path(torch.hub.get_dir()) / "checkpoints" / weights.file
     path = local if local.is_file() else _from_hub(weights, local)
-    if weights.sha256:
+    if weights.sha256 is None:
+        log.info("%s: no sha256 is known for %s, it is used unchecked", path, weights.name)
+    else:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != weights.sha256:

@@ -118,6 +118,8 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return [row for row in rows if row["path"] and (row["error"] or row["frames"])]
+    except FileNotFoundError as error:
+        raise ValueError(f"no such manifest: {path}; uniformer scan writes one") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest of uniformer scan: {error!r}") from error
 

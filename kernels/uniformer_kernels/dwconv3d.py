@@ -56,7 +56,10 @@ def dwconv3d(
         raise ValueError(f"x must be (B, T, H, W, C), got shape {tuple(x.shape)}")
     C = x.shape[-1]
     if weight.ndim != 5 or weight.shape[:2] != (C, 1):
-        raise ValueError(f"weight must be ({C}, 1, kt, kh, kw), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be (C, 1, kt, kh, kw), C the last size of x, got {tuple(weight.shape)} "
+            f"for x {tuple(x.shape)}"
+        )
     if any(k % 2 == 0 or k > MAX_KERNEL for k in weight.shape[2:]):
         raise ValueError(
             f"the kernel must be odd and at most {MAX_KERNEL} along every axis, "
