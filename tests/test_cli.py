@@ -47,7 +47,8 @@ def test_a_folder_of_ones_own_videos(folder, tmp_path, capsys):
 
     main(["train", "--data", str(folder), "--out", run, "--epochs", "2", *NETWORK])
     printed = capsys.readouterr().out
-    assert "a fifth of each class is held out" in printed
+    assert "2 of its 15 videos, a fifth of each class, are held out" in printed
+    assert "best: epoch" in printed
     assert "seeking in avi is not exact" in printed
     assert printed.count("corrupt.mp4") <= 2  # named once, whichever split has it
     unreadable = json.loads((tmp_path / "run/unreadable.json").read_text())
@@ -59,8 +60,12 @@ def test_a_folder_of_ones_own_videos(folder, tmp_path, capsys):
         "--crops", "3", "--out", str(out), "--shuffle_frames",
     ])  # fmt: skip
     printed = capsys.readouterr().out
+    assert "all 15 of its videos are tested" in printed
+    assert "split test, 2 clips x 3 crops" in printed
     assert "(14 videos)" in printed
     assert "1 videos could not be read" in printed
+    assert sum("corrupt.mp4" in line for line in printed.splitlines()) == 1
+    assert "top-5" not in printed  # of two classes
     assert json.loads(out.read_text())["settings"]["shuffle_frames"] is True
 
     sheet = str(tmp_path / "sheet.png")
@@ -93,6 +98,8 @@ def test_settings_come_from_yaml_and_flags(folder, tmp_path, capsys):
     main(["train", "--config", str(config), "--epochs", "1", "--out", str(run), "--seed", "5"])
     settings = json.loads((run / "settings.json").read_text())
     assert (settings["seed"], settings["input"]["frames"], settings["lr"]) == (5, 4, 1e-3)
+    main(["train", "--config", str(run / "settings.json")])  # what a run leaves is a config too
+    assert "finished already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
@@ -130,6 +137,44 @@ def test_every_flag_is_explained(command, capsys):
     text = capsys.readouterr().out
     assert "usage: uniformer" in text
     assert "<unset>" not in text
+
+
+def test_a_worker_that_finds_nothing_readable_says_so_in_a_sentence(folder, tmp_path):
+    for video in folder.glob("*/*.*"):
+        video.write_bytes(b"no video")
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--data", str(folder), "--out", str(tmp_path / "run"), *NETWORK])
+    text = str(done.value.code)
+    assert text.startswith("uniformer train: 50 videos in a row could not be read")
+    assert "Traceback" not in text
+
+
+def test_output_that_nobody_reads_is_no_traceback():
+    command = f"{sys.executable} -m uniformer info --zoo | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=100)
+    assert done.stderr == ""
+    assert "name" in done.stdout
+
+
+def test_ctrl_c_says_how_to_go_on(digits, tmp_path):
+    command = [
+        sys.executable, "-m", "uniformer", "train", "--data", str(digits), "--out",
+        str(tmp_path / "run"), "--epochs", "500", "--checkpoint_every", "1", *NETWORK,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("run/checkpoint-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the workers too
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert "the same command goes on from the last checkpoint" in errors
+    assert "Traceback" not in errors
 
 
 def test_a_run_killed_by_the_system_goes_on(digits, tmp_path):

@@ -30,6 +30,12 @@ def test_the_demo_runs_to_its_end_twice(tmp_path, capsys):
     assert "epoch   1/1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("bad", [{"share": 0.0}, {"share": 1.5}, {"epochs": 0}], ids=str)
+def test_impossible_demos_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        DemoConfig(**bad)
+
+
 def test_clips_are_real_videos_of_the_eight_motions(digits):
     videos = read_videos(digits, "train")
     assert set(videos.classes) == set(CLASSES)

@@ -262,6 +262,22 @@ def test_the_network_compiles_without_graph_breaks(mode):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, about its own graph breaks
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_checkpointed_network_compiles(mode):
+    """With graph breaks: the blocks recomputed in the backward pass stay as they are."""
+    plain, model = (getattr(tiny(), mode)() for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    model.set_grad_checkpointing(True)
+    x = torch.randn(2, 3, 4, 32, 32)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain(x))
+    compiled(x).sum().backward()
+    plain(x).sum().backward()
+    for (name, want), got in zip(plain.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, msg=name)
+
+
 def test_the_network_exports():
     model, x = tiny().eval(), torch.randn(2, 3, 4, 32, 32)
     batch = torch.export.Dim("batch", min=1, max=64)

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import uniformer.train as module
-from uniformer import InputConfig, load_model, read_checkpoint
+from uniformer import CheckpointError, InputConfig, load_model, read_checkpoint
 from uniformer.lists import read_videos
 from uniformer.optim import cosine_with_warmup, make_optimizer
 from uniformer.train import TrainConfig, train
@@ -132,7 +133,8 @@ def test_a_finished_run_is_left_alone(cfg, monkeypatch):
 
 def test_other_settings_in_the_same_folder_are_refused(cfg):
     train(replace(cfg, epochs=1))
-    with pytest.raises(ValueError, match=r"epochs was 1, is 3; lr was 0.001, is 0.1.*--out"):
+    complaint = r"epochs was 1, is 3; lr was 0.001, is 0.1.*--out.*--pretrained .*last.safe"
+    with pytest.raises(ValueError, match=complaint):
         train(replace(cfg, lr=0.1))
     train(replace(cfg, epochs=1, workers=1))  # how many processes read makes no difference
 
@@ -203,6 +205,70 @@ def test_a_loss_that_is_no_number_ends_the_run(cfg):
         train(replace(cfg, lr=1e30, clip_grad=1e30))
 
 
+@pytest.mark.parametrize("text", [None, "{", "[]"], ids=str)
+def test_a_run_whose_settings_are_lost_is_not_overwritten(cfg, text):
+    folder = train(replace(cfg, epochs=1)).parent
+    (folder / "settings.json").unlink()
+    if text is not None:
+        (folder / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=r"cannot be read from .*settings\.json"):
+        train(replace(cfg, epochs=1))
+
+
+def test_a_damaged_checkpoint_is_named(cfg):
+    folder = train(replace(cfg, epochs=1)).parent
+    (checkpoint,) = folder.glob("checkpoint-*")
+    (checkpoint / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{checkpoint.name} is damaged .*delete it"):
+        train(replace(cfg, epochs=1))
+
+
+def test_out_must_be_a_folder(cfg, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be the folder of a run"):
+        train(replace(cfg, out=str(tmp_path / "file")))
+
+
+def test_one_class_is_none_to_tell_apart(cfg, digits, tmp_path):
+    shutil.copytree(digits / "train/grow", tmp_path / "data/grow")
+    with pytest.raises(ValueError, match="holds one class only"):
+        train(replace(cfg, data=str(tmp_path / "data")))
+
+
+def test_sides_that_mirroring_would_swap_are_pointed_out(cfg, caplog):
+    train(replace(cfg, epochs=1, augment=AugmentConfig(flip=0.5)))
+    assert "may turn 'move left' into another class" in caplog.text
+
+
+def test_the_network_of_an_own_checkpoint_is_taken_from_it(cfg, tmp_path):
+    other = module.create_model("uniformer_nano", 8, **TINY, stages="LLLG")
+    module.save_checkpoint(tmp_path / "w.safetensors", other)
+    cfg = replace(
+        cfg, epochs=1, model=None, overrides={}, pretrained=str(tmp_path / "w.safetensors")
+    )
+    assert load_model(train(cfg)).cfg == other.cfg
+
+
+def test_a_name_with_a_tag_means_its_weights(cfg, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"uniformer_small_k400_16x4\.pth"):
+        train(replace(cfg, model="uniformer_small.k400_16x4", overrides={}))
+
+
+def test_the_time_left_is_told_once_it_shows_and_then_by_the_minute(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now)
+    for once, want in ((False, [10, 70, 130]), (True, [10])):
+        now, told = 0.0, []
+        pace = module.Pace(300)
+        for _ in range(150):
+            now += 1.0
+            if text := pace.step(once):
+                told.append(now)
+                assert tqdm.format_interval(300 - now) in text
+        assert told == want
+
+
 def test_lists_need_a_validation_list(cfg, tmp_path):
     (tmp_path / "train.csv").write_text("a.mp4,0\n")
     with pytest.raises(ValueError, match="give the other one with --val"):
@@ -226,8 +292,7 @@ def test_two_processes_share_the_work(cfg, digits):
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     folder = module.RunFolder(cfg.out).path
-    settings = json.loads((folder / "settings.json").read_text())
-    assert settings["processes"] == 2
+    assert json.loads((folder / "fingerprint.json").read_text())["processes"] == 2
     (row,) = json.loads((folder / "metrics.json").read_text())
     assert row["step"] == 48 // 8  # 4 videos in each process
     assert load_model(folder / "best.safetensors").num_classes == 8

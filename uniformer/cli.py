@@ -2,9 +2,12 @@
 
 import importlib
 import logging
+import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
@@ -51,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError:
         sys.exit("the command line needs more packages: pip install 'uniformer[train]'")
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(prog="uniformer", description="UniFormer for video.")
+    parser = ArgumentParser(
+        prog="uniformer", description="UniFormer for video.", version=version("uniformer")
+    )
     commands = parser.add_subcommands(required=True, dest="command")
     for name, command in COMMANDS.items():
         # The other commands' modules, and the libraries they import, stay unloaded.
@@ -68,10 +73,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         values = vars(parser.instantiate(parsed)[parsed.command])
         run(settings(**{f.name: values[f.name] for f in fields(settings)}))
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `uniformer info --zoo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, FloatingPointError, VideoDecodeError) as error:
-        sys.exit(f"uniformer {parsed.command}: {error}")
+        sys.exit(f"uniformer {parsed.command}: {_sentence(error)}")
     except KeyboardInterrupt:
+        if parsed.command == "train":
+            print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, without the traceback that a DataLoader's worker wraps it in."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    raised = re.split(r"^[\w.]+(?:Error|Exception): ", text, flags=re.MULTILINE)
+    return raised[-1].strip()
 
 
 def _parser_of(name: str, command: Command) -> "ArgumentParser":
@@ -86,7 +106,9 @@ def _parser_of(name: str, command: Command) -> "ArgumentParser":
     about = {p.arg_name: p.description for p in parse(settings.__doc__).params}
     switches = {f.name for f in fields(settings) if f.type is bool}
     parser = ArgumentParser(description=getattr(home, name).__doc__.partition("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file of settings")
+    parser.add_argument(
+        "--config", action="config", help="YAML or JSON file of settings; flags after it win"
+    )
     if command.positional:
         name, text = command.positional, about[command.positional]
         parser.add_argument(name, type=str, nargs=command.nargs, help=text)

@@ -32,12 +32,22 @@ class DemoConfig:
         epochs: passes over the clips.
         share: of the clips to build and train on.
         seed: of everything random.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     out: str = "runs/demo"
     epochs: int = 6
     share: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not 0 < self.share <= 1:
+            raise ValueError(
+                f"epochs must be 1 or more and share above 0 and at most 1, got {self.epochs} "
+                f"and {self.share}"
+            )
 
 
 def demo(cfg: DemoConfig) -> None:

@@ -58,14 +58,18 @@ class Evaluation:
 
 
 class FileReport:
-    """Names each unreadable file once, and each reason for reading otherwise once."""
+    """Names each unreadable file once, and each reason for reading otherwise once.
 
-    def __init__(self) -> None:
-        self.said: set[str] = set()
+    Args:
+        failures: name unreadable files at all; not where the result lists them.
+    """
+
+    def __init__(self, failures: bool = True) -> None:
+        self.failures, self.said = failures, set[str]()
 
     def add(self, batch: Batch) -> None:
         """Log what is new in a batch."""
-        for path, reason in batch.failures:
+        for path, reason in batch.failures if self.failures else ():
             if path not in self.said:
                 self.said.add(path)
                 log.warning("unreadable video: %s", reason)
@@ -179,7 +183,7 @@ class TestConfig:
         root: where the paths of a list start.
         labels: file of class names, if the checkpoint has none.
         model: preset that a file of bare weights belongs to.
-        clips: temporal clips a video; as published for a released checkpoint, else 1.
+        clips: temporal clips a video, 1 or more; as published for a released checkpoint, else 1.
         crops: spatial crops a clip, 1 or 3; likewise.
         shuffle_frames: put each clip's frames in random order, to see what time is worth.
         batch_size: videos at a time, in each process.
@@ -199,7 +203,7 @@ class TestConfig:
     labels: str | None = None
     model: str | None = None
     clips: int | None = None
-    crops: int | None = None
+    crops: Literal[1, 3] | None = None
     shuffle_frames: bool = False
     batch_size: int = 4
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -221,8 +225,9 @@ def test(cfg: TestConfig) -> Evaluation:
         model.classes = read_labels(cfg.labels)
     input = model.input or InputConfig()
     released = ZOO.get(cfg.checkpoint)
-    clips = cfg.clips or (released.clips if released else 1)
-    crops = cfg.crops or (released.crops if released else 1)
+    views = (released.clips, released.crops) if released else (1, 1)
+    clips = views[0] if cfg.clips is None else cfg.clips
+    crops = views[1] if cfg.crops is None else cfg.crops
     videos = read_videos(cfg.data, cfg.split, cfg.root, model.classes)
 
     accelerator = make_accelerator(mixed_precision=cfg.mixed_precision)
@@ -231,7 +236,7 @@ def test(cfg: TestConfig) -> Evaluation:
     )
     loader = make_loader(dataset, cfg.batch_size, worker_count(cfg.workers))
     model, loader = accelerator.prepare(model, loader)
-    result = evaluate(model, loader, accelerator)
+    result = evaluate(model, loader, accelerator, report=FileReport(failures=False))
     if not result.videos:
         first = next(iter(result.unreadable.values()))
         raise VideoDecodeError(
@@ -239,7 +244,8 @@ def test(cfg: TestConfig) -> Evaluation:
         )
     if accelerator.is_main_process:
         shuffled = ", frames in random order" if cfg.shuffle_frames else ""
-        print(f"{cfg.checkpoint} on {cfg.data}, {clips} clips x {crops} crops{shuffled}")
+        split = f", split {cfg.split}" if Path(cfg.data).is_dir() else ""
+        print(f"{cfg.checkpoint} on {cfg.data}{split}, {clips} clips x {crops} crops{shuffled}")
         print(summary(result))
         if cfg.out:
             save(result, videos, cfg, cfg.out)
@@ -248,9 +254,10 @@ def test(cfg: TestConfig) -> Evaluation:
 
 def summary(result: Evaluation) -> str:
     """The outcome in a few lines."""
+    top5 = f"top-5 {result.top5:.2f}%   " if result.logits.shape[1] > 5 else ""
     lines = [
-        f"top-1 {result.top1:.2f}%   top-5 {result.top5:.2f}%   mean of classes "
-        f"{result.mean_class:.2f}%   ({result.videos} videos)"
+        f"top-1 {result.top1:.2f}%   {top5}mean of classes {result.mean_class:.2f}%   "
+        f"({result.videos} videos)"
     ]
     if result.unreadable:
         lines.append(f"{len(result.unreadable)} videos could not be read and count in no accuracy:")

@@ -167,6 +167,12 @@ def _read_folder(path: Path, split: str, classes: Sequence[str] | None) -> Video
         )
     if empty := [name for name, videos in found.items() if not videos]:
         log.warning("%s: no videos in the class folders %s", base, ", ".join(empty))
+    if whole and split == "test":
+        log.info(
+            "%s has no test folder: all %d of its videos are tested, those that a training on it "
+            "learned from included; --split val is the fifth that it held out",
+            path, sum(map(len, found.values())),
+        )  # fmt: skip
     names = list(classes) if classes is not None else list(found)
     samples = []
     for name, videos in found.items():

@@ -26,29 +26,51 @@ class RunFolder:
         """The checkpoint with the most steps, or None."""
         return max(self._checkpoints(), key=_step_of, default=None)
 
-    def check_settings(self, settings: dict[str, Any], free: tuple[str, ...]) -> None:
+    def check(self, files: dict[str, dict[str, Any]], free: tuple[str, ...]) -> None:
         """Refuse to go on with a run under other settings.
 
         Args:
-            settings: those of now, as JSON has them.
-            free: names of those that may differ.
+            files: what `write_json` would now write into each.
+            free: names of the settings that may differ.
 
         Raises:
-            ValueError: a checkpoint is here, and other settings differ; it names them.
+            ValueError: no folder can be here; or a checkpoint is here, and other settings differ,
+                which it names, or cannot be read.
         """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be the folder of a run: {error}") from error
         if self.last_checkpoint() is None:
             return
-        before = json.loads((self.path / "settings.json").read_text())
-        changed = [
-            f"{k} was {before.get(k)!r}, is {settings.get(k)!r}"
-            for k in sorted(before.keys() | settings.keys())
-            if before.get(k) != settings.get(k) and k not in free
-        ]
+        changed = []
+        for name, now in files.items():
+            before = self._read_json(name)
+            changed += [
+                f"{k} was {before.get(k)!r}, is {now.get(k)!r}"
+                for k in sorted(before.keys() | now.keys())
+                if before.get(k) != now.get(k) and k not in free
+            ]
         if changed:
             raise ValueError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. Give the same "
-                f"to go on with it, or another folder with --out"
+                f"to go on with it, or another folder with --out, there with --pretrained "
+                f"{self.path / 'last.safetensors'} to start from its weights"
             )
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            content = json.loads(path.read_text())
+            if isinstance(content, dict):
+                return content
+            error = "it holds no settings"
+        except (OSError, ValueError) as reason:
+            error = str(reason)
+        raise ValueError(
+            f"{self.path} holds a run whose settings cannot be read from {path} ({error}): restore "
+            f"that file, or give another folder with --out"
+        )
 
     def write_json(self, name: str, content: Any) -> None:
         """Write `content` to the file `name`."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from uniformer.checkpoint import save_checkpoint
+from uniformer.checkpoint import read_checkpoint, save_checkpoint
 from uniformer.configs import InputConfig
 from uniformer.data import (
     Batch,
@@ -63,7 +65,9 @@ class TrainConfig:
         root: where the paths of lists start.
         labels: file of class names, for lists that hold numbers only.
         out: folder for checkpoints, metrics and settings.
-        model: preset; see `uniformer.list_models()`.
+        model: preset, see `uniformer.list_models()`, or released weights by name, as in
+            "uniformer_small.k400_16x8"; unless given, the network that the file `pretrained`
+            names, else uniformer_small.
         overrides: other fields of `UniFormerConfig`, as in {"stages": "LGGG"}.
         pretrained: file or tag to start from.
         fresh_head: draw a new classifier instead of loading that of `pretrained`.
@@ -98,7 +102,7 @@ class TrainConfig:
     root: str | None = None
     labels: str | None = None
     out: str = "runs/train"
-    model: str = "uniformer_small"
+    model: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     pretrained: str | None = None
     fresh_head: bool = False
@@ -200,18 +204,46 @@ def train(cfg: TrainConfig) -> Path:
 
     trainer = Trainer(cfg, accelerator, model, optimizer, scheduler)
     trainer.say(
-        f"{cfg.model} on {accelerator.device}, mixed precision {accelerator.mixed_precision}: "
+        f"training on {accelerator.device}, mixed precision {accelerator.mixed_precision}: "
         f"{len(videos.samples)} videos to train on and {len(val_videos.samples)} to validate on, "
         f"{videos.num_classes} classes, {cfg.epochs} epochs, {steps} steps, peak learning rate "
-        f"{lr:.3g}"
+        f"{lr:.3g}, clips mirrored with probability {cfg.augment.flip:g}"
     )
-    trainer.resume(_settings(cfg, lr, accelerator.num_processes, videos, val_videos))
+    trainer.resume(_settings(cfg, lr), _fingerprint(accelerator.num_processes, videos, val_videos))
+    trainer.pace = Pace(
+        (cfg.epochs - trainer.progress.epoch) * len(loader) - trainer.progress.batch
+    )
     while trainer.progress.epoch < cfg.epochs:
         shuffled.epoch = trainer.progress.epoch
         trainer.train_epoch(loader)
         trainer.finish_epoch(evaluate(model, val_loader, accelerator, "validate", trainer.report))
     accelerator.end_training()
-    return trainer.folder.path / "best.safetensors"
+    return trainer.say_best()
+
+
+class Pace:
+    """How long a training will take: told once it shows, then by the minute.
+
+    Args:
+        batches: still to come.
+    """
+
+    EARLY, EVERY = 10.0, 60.0  # seconds
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self.done = batches, 0
+        self.started = time.perf_counter()
+        self.due = self.started + self.EARLY
+
+    def step(self, once: bool) -> str | None:
+        """After each batch: the time left, where it is time to tell it; only once if `once`."""
+        self.done += 1
+        now = time.perf_counter()
+        if now < self.due or self.done < 3:
+            return None
+        self.due = math.inf if once else now + self.EVERY
+        left = (now - self.started) / self.done * (self.batches - self.done)
+        return f"about {tqdm.format_interval(left)} (h:m:s) of training left"
 
 
 class Trainer:
@@ -228,18 +260,19 @@ class Trainer:
         self.cfg, self.accelerator, self.model = cfg, accelerator, model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.folder, self.progress, self.report = RunFolder(cfg.out), Progress(), FileReport()
+        self.pace = Pace(0)
         accelerator.register_for_checkpointing(scheduler, self.progress)
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
-    def resume(self, settings: dict[str, Any]) -> None:
+    def resume(self, settings: dict[str, Any], fingerprint: dict[str, Any]) -> None:
         """Go on from the last checkpoint in the run's folder, if there is one."""
-        self.folder.check_settings(settings, FREE)
+        self.folder.check({"settings.json": settings, "fingerprint.json": fingerprint}, FREE)
         checkpoint = self.folder.last_checkpoint()
         if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
+            self.load_state(checkpoint)
             p = self.progress
             self.report.said.update(p.failures)
             at = f"epoch {p.epoch + 1}, batch {p.batch + 1}"
@@ -248,6 +281,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.write_json("settings.json", settings)
+            self.folder.write_json("fingerprint.json", fingerprint)
             self.folder.write_json("metrics.json", self.progress.history)
         self.accelerator.init_trackers("uniformer", config={k: str(v) for k, v in settings.items()})
 
@@ -270,6 +304,9 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 loss = self.train_step(batch, sums)
             p.batch += 1
+            if pace := self.pace.step(once=not bar.disable):
+                at = f"epoch {p.epoch + 1}, batch {p.batch} of {len(loader)}"
+                self.say(f"{at}: loss {float(loss):.3f}, {pace}")
             last = p.batch == len(loader)
             every = self.cfg.checkpoint_every
             due = every and accelerator.sync_gradients and p.step % every == 0
@@ -342,12 +379,31 @@ class Trainer:
             if unreadable := p.failures | result.unreadable:
                 self.folder.write_json("unreadable.json", unreadable)
 
+    def say_best(self) -> Path:
+        """The best weights, and what to do with them."""
+        path = self.folder.path / "best.safetensors"
+        rows = [row for row in self.progress.history if row["val_top1"] is not None]
+        if rows:
+            best = max(rows, key=lambda row: row["val_top1"])  # the first, if several are as good
+            self.say(f"best: epoch {best['epoch']}, top-1 {best['val_top1']:.1f}%, {path}")
+            self.say(f"  uniformer predict VIDEO --checkpoint {path}")
+        return path
+
     def save_weights(self, names: list[str]) -> None:
         weights = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             for name in names:
                 save_checkpoint(self.folder.path / f"{name}.safetensors", model, weights)
+
+    def load_state(self, checkpoint: Path) -> None:
+        try:
+            self.accelerator.load_state(str(checkpoint))
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
+            raise ValueError(
+                f"{checkpoint} is damaged ({error}): delete it to go on from the one before, if "
+                f"there is one, or start again in another folder"
+            ) from error
 
     def save_state(self) -> None:
         accelerator = self.accelerator
@@ -363,6 +419,8 @@ def _read_data(cfg: TrainConfig) -> tuple[VideoList, VideoList]:
     if cfg.val is None and not Path(cfg.data).is_dir():
         raise ValueError(f"{cfg.data} is a list of training videos: give the other one with --val")
     val = read_videos(cfg.val or cfg.data, "val", cfg.root, videos.classes)
+    if videos.num_classes < 2:
+        raise ValueError(f"{cfg.data} holds one class only: there must be two to tell apart")
     if not videos.samples or not val.samples:
         raise ValueError(
             f"{len(videos.samples)} videos to train on and {len(val.samples)} to validate on: of "
@@ -373,10 +431,23 @@ def _read_data(cfg: TrainConfig) -> tuple[VideoList, VideoList]:
             f"validation has {val.num_classes} classes, training only {videos.num_classes}"
         )
     if cfg.val is None and videos.held_out:
-        log.info("%s has no val folder: a fifth of each class is held out to validate", cfg.data)
+        count = len(val.samples)
+        log.info(
+            "%s has no val folder: %d of its %d videos, a fifth of each class, are held out to "
+            "validate", cfg.data, count, count + len(videos.samples),
+        )  # fmt: skip
     if cfg.manifest:
         videos, left_out = drop_unreadable(videos, cfg.manifest)
-        log.info("%s: %d training videos are left out as unreadable", cfg.manifest, left_out)
+        if not videos.samples:
+            raise ValueError(f"{cfg.manifest}: not one of the training videos could be read")
+        if left_out:
+            log.info("%s: %d training videos are left out as unreadable", cfg.manifest, left_out)
+    sided = [c for c in videos.classes or () if re.search(r"left|right", c, re.IGNORECASE)]
+    if sided and cfg.augment.flip:
+        log.warning(
+            "clips are mirrored by chance, which may turn %r into another class: give "
+            "--augment.flip 0 where sides matter", sided[0],
+        )  # fmt: skip
     return videos, val
 
 
@@ -387,10 +458,15 @@ def _precision(asked: str) -> str:
 
 
 def _make_model(cfg: TrainConfig, videos: VideoList) -> UniFormer:
+    name, overrides = cfg.model or "uniformer_small", cfg.overrides
+    if cfg.model is None and cfg.pretrained and Path(cfg.pretrained).is_file():
+        trained = read_checkpoint(cfg.pretrained).model
+        if trained is not None:
+            overrides = {k: v for k, v in asdict(trained).items() if k != "num_classes"} | overrides
+    pretrained = cfg.pretrained or "." in name  # a name with a tag names weights
     model = create_model(
-        cfg.model, videos.num_classes, pretrained=cfg.pretrained or False,
-        fresh_head=cfg.fresh_head, **cfg.overrides,
-    )  # fmt: skip
+        name, videos.num_classes, pretrained=pretrained, fresh_head=cfg.fresh_head, **overrides
+    )
     _compare_input(cfg, model.input)
     model.input, model.classes = cfg.input, videos.classes
     if any(cfg.grad_checkpointing):
@@ -402,17 +478,21 @@ def _make_model(cfg: TrainConfig, videos: VideoList) -> UniFormer:
 
 def _compare_input(cfg: TrainConfig, trained: InputConfig | None) -> None:
     """Weights fed with other colours than they know learn, but start from little."""
-    for name in ("bgr", "mean", "std"):
+    for name in ("bgr", "mean", "std", "sampling", "frames", "stride", "size"):
         if trained and getattr(trained, name) != (now := getattr(cfg.input, name)):
-            log.warning(
+            log.log(
+                logging.WARNING if name in ("bgr", "mean", "std") else logging.INFO,
                 "%s was trained with %s=%s, this run has %s: perhaps give --input.%s too",
-                cfg.pretrained, name, getattr(trained, name), now, name,
+                cfg.pretrained or cfg.model, name, getattr(trained, name), now, name,
             )  # fmt: skip
 
 
-def _settings(cfg: TrainConfig, lr: float, processes: int, *lists: VideoList) -> dict[str, Any]:
-    """Everything that decides the numbers of a run, as JSON has it."""
+def _settings(cfg: TrainConfig, lr: float) -> dict[str, Any]:
+    """The settings as JSON has them, which `--config` reads."""
+    return json.loads(json.dumps(asdict(cfg) | {"lr": lr}))
+
+
+def _fingerprint(processes: int, *lists: VideoList) -> dict[str, Any]:
+    """What else decides the numbers of a run."""
     videos = hashlib.sha256(repr([v.samples for v in lists]).encode()).hexdigest()[:16]
-    return json.loads(
-        json.dumps(asdict(cfg) | {"lr": lr, "processes": processes, "videos": videos})
-    )
+    return {"processes": processes, "videos": videos}
