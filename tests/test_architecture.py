@@ -16,6 +16,7 @@ FLOORS = [
     ["checkpoint", "scan"],
     ["pretrained"],
     ["factory"],
+    ["recipe"],
     ["evaluate", "train", "predict", "info"],
     ["demo"],
     ["cli"],

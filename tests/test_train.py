@@ -11,7 +11,14 @@ import torch
 from tqdm import tqdm
 
 import uniformer.train as module
-from uniformer import CheckpointError, InputConfig, load_model, read_checkpoint
+from uniformer import (
+    CheckpointError,
+    InputConfig,
+    create_model,
+    load_model,
+    read_checkpoint,
+    save_checkpoint,
+)
 from uniformer.lists import read_videos
 from uniformer.optim import cosine_with_warmup, make_optimizer
 from uniformer.train import TrainConfig, train
@@ -241,8 +248,8 @@ def test_sides_that_mirroring_would_swap_are_pointed_out(cfg, caplog):
 
 
 def test_the_network_of_an_own_checkpoint_is_taken_from_it(cfg, tmp_path):
-    other = module.create_model("uniformer_nano", 8, **TINY, stages="LLLG")
-    module.save_checkpoint(tmp_path / "w.safetensors", other)
+    other = create_model("uniformer_nano", 8, **TINY, stages="LLLG")
+    save_checkpoint(tmp_path / "w.safetensors", other)
     cfg = replace(
         cfg, epochs=1, model=None, overrides={}, pretrained=str(tmp_path / "w.safetensors")
     )
@@ -303,7 +310,7 @@ def test_two_processes_share_the_work(cfg, digits):
 
 def test_decay_spares_norms_and_biases_but_not_the_dpe():
     """The groups of the official log: 30 + 154 parameters spared, 102 decayed."""
-    model = module.create_model("uniformer_small")
+    model = create_model("uniformer_small")
     groups = make_optimizer(model, 1e-4, 0.05).param_groups
     assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.05, 102), (0.0, 184)]
     assert any(p is model.blocks1[0].pos_embed.weight for p in groups[0]["params"])
@@ -325,8 +332,8 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
 
 
 def test_weights_of_other_colours_are_pointed_out(cfg, tmp_path, caplog):
-    other = module.create_model(cfg.model, 8, **TINY)
+    other = create_model(cfg.model, 8, **TINY)
     other.input = replace(cfg.input, bgr=True)
-    module.save_checkpoint(tmp_path / "w.safetensors", other)
+    save_checkpoint(tmp_path / "w.safetensors", other)
     train(replace(cfg, epochs=1, pretrained=str(tmp_path / "w.safetensors")))
     assert "trained with bgr=True, this run has False" in caplog.text

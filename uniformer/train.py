@@ -5,15 +5,11 @@ Run the same command again after a kill and it goes on from its last checkpoint,
 uninterrupted run would have reached.
 """
 
-import hashlib
-import json
-import logging
 import math
-import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from uniformer.checkpoint import read_checkpoint, save_checkpoint
-from uniformer.configs import InputConfig
+from uniformer.checkpoint import save_checkpoint
 from uniformer.data import (
     Batch,
     Shuffled,
@@ -38,108 +33,21 @@ from uniformer.data import (
 )
 from uniformer.decoder import Decoder
 from uniformer.evaluate import Evaluation, FileReport, evaluate, make_accelerator
-from uniformer.factory import create_model
-from uniformer.lists import VideoList, read_labels, read_videos
-from uniformer.model import UniFormer
 from uniformer.optim import cosine_with_warmup, make_optimizer
+from uniformer.recipe import (
+    FREE,
+    TrainConfig,
+    fingerprint,
+    make_model,
+    precision,
+    read_data,
+    settings_of,
+)
 from uniformer.run_folder import RunFolder
-from uniformer.scan import drop_unreadable
-from uniformer.transforms import AugmentConfig
 
 __all__ = ["TrainConfig", "train"]
 
-log = logging.getLogger(__name__)
-
 LOSS_EVERY = 20  # steps between looks at the loss: each one waits for the device
-
-
-@dataclass
-class TrainConfig:
-    """Settings of `uniformer train`.
-
-    Attributes:
-        data: training videos: a folder with a folder of videos for each class (itself, or under
-            train/ and val/), or a list: .csv or .txt of "path,label", Something-Something's
-            "folder frames label", or its V2 .json with labels.json beside it.
-        val: validation videos, likewise, if they are not part of the folder `data`.
-        root: where the paths of lists start.
-        labels: file of class names, for lists that hold numbers only.
-        out: folder for checkpoints, metrics and settings.
-        model: preset, see `uniformer.list_models()`, or released weights by name, as in
-            "uniformer_small.k400_16x8"; unless given, the network that the file `pretrained`
-            names, else uniformer_small.
-        overrides: other fields of `UniFormerConfig`, as in {"stages": "LGGG"}.
-        pretrained: file or tag to start from.
-        fresh_head: draw a new classifier instead of loading that of `pretrained`.
-        input: how clips are made; travels with the weights.
-        augment: what chance does to training clips.
-        epochs: passes over the training videos.
-        batch_size: videos at a time, in each process.
-        accumulate: batches a step of the optimizer.
-        lr: peak learning rate; the paper's rule, 1e-4 for every 32 videos a step, unless given.
-        weight_decay: except of norms and biases.
-        warmup: share of the training in which the learning rate rises.
-        clip_grad: largest norm of the gradient.
-        label_smoothing: share of the target spread over all classes.
-        mixed_precision: "no", "fp16" or "bf16"; "auto" is bf16 on a GPU that has it, else no.
-        grad_checkpointing: blocks to recompute in the backward pass, of each of the four stages.
-        sync_batchnorm: BatchNorm statistics over all processes; the paper's are of each.
-        workers: processes that read videos; one a core, 8 at most, unless given.
-        decoder: "decord", "torchcodec" or "pyav".
-        timeout: seconds that reading one video may take.
-        checkpoint_every: steps between checkpoints within an epoch; 0 for one an epoch.
-        keep: checkpoints to keep.
-        seed: of everything random.
-        manifest: of `uniformer scan`; videos it could not read are left out.
-        trackers: of accelerate, as in ["tensorboard", "wandb"].
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-
-    data: str
-    val: str | None = None
-    root: str | None = None
-    labels: str | None = None
-    out: str = "runs/train"
-    model: str | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)
-    pretrained: str | None = None
-    fresh_head: bool = False
-    input: InputConfig = field(default_factory=InputConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    epochs: int = 30
-    batch_size: int = 8
-    accumulate: int = 1
-    lr: float | None = None
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    clip_grad: float = 20.0
-    label_smoothing: float = 0.1
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    grad_checkpointing: tuple[int, int, int, int] = (0, 0, 0, 0)
-    sync_batchnorm: bool = False
-    workers: int | None = None
-    decoder: str = "decord"
-    timeout: float = 60.0
-    checkpoint_every: int = 0
-    keep: int = 2
-    seed: int = 0
-    manifest: str | None = None
-    trackers: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.lr is not None and self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be a share from 0 to below 1, got {self.warmup}")
-
-
-# What may differ when a run goes on, without leading to other numbers.
-FREE = ("out", "workers", "timeout", "keep", "trackers", "checkpoint_every")
 
 
 @dataclass
@@ -176,14 +84,14 @@ def train(cfg: TrainConfig) -> Path:
         FloatingPointError: the loss is no longer finite.
     """
     accelerator = make_accelerator(
-        mixed_precision=_precision(cfg.mixed_precision),
+        mixed_precision=precision(cfg.mixed_precision),
         gradient_accumulation_steps=cfg.accumulate,
         log_with=cfg.trackers or None,
         project_dir=cfg.out,
     )
-    videos, val_videos = _read_data(cfg)
+    videos, val_videos = read_data(cfg)
     set_seed(cfg.seed)
-    model = _make_model(cfg, videos)
+    model = make_model(cfg, videos)
     decoder, workers = Decoder(cfg.decoder, cfg.timeout), worker_count(cfg.workers)
     loader = make_loader(
         TrainClips(videos.samples, cfg.input, cfg.augment, decoder),
@@ -209,7 +117,7 @@ def train(cfg: TrainConfig) -> Path:
         f"{videos.num_classes} classes, {cfg.epochs} epochs, {steps} steps, peak learning rate "
         f"{lr:.3g}, clips mirrored with probability {cfg.augment.flip:g}"
     )
-    trainer.resume(_settings(cfg, lr), _fingerprint(accelerator.num_processes, videos, val_videos))
+    trainer.resume(settings_of(cfg, lr), fingerprint(accelerator.num_processes, videos, val_videos))
     trainer.pace = Pace(
         (cfg.epochs - trainer.progress.epoch) * len(loader) - trainer.progress.batch
     )
@@ -411,88 +319,3 @@ class Trainer:
             self.progress.step, accelerator.save_state, self.cfg.keep,
             accelerator.is_main_process, accelerator.wait_for_everyone,
         )  # fmt: skip
-
-
-def _read_data(cfg: TrainConfig) -> tuple[VideoList, VideoList]:
-    names = read_labels(cfg.labels) if cfg.labels else None
-    videos = read_videos(cfg.data, "train", cfg.root, names)
-    if cfg.val is None and not Path(cfg.data).is_dir():
-        raise ValueError(f"{cfg.data} is a list of training videos: give the other one with --val")
-    val = read_videos(cfg.val or cfg.data, "val", cfg.root, videos.classes)
-    if videos.num_classes < 2:
-        raise ValueError(f"{cfg.data} holds one class only: there must be two to tell apart")
-    if not videos.samples or not val.samples:
-        raise ValueError(
-            f"{len(videos.samples)} videos to train on and {len(val.samples)} to validate on: of "
-            f"each there must be some. A class of one video is never held out; give --val"
-        )
-    if val.num_classes > videos.num_classes:
-        raise ValueError(
-            f"validation has {val.num_classes} classes, training only {videos.num_classes}"
-        )
-    if cfg.val is None and videos.held_out:
-        count = len(val.samples)
-        log.info(
-            "%s has no val folder: %d of its %d videos, a fifth of each class, are held out to "
-            "validate", cfg.data, count, count + len(videos.samples),
-        )  # fmt: skip
-    if cfg.manifest:
-        videos, left_out = drop_unreadable(videos, cfg.manifest)
-        if not videos.samples:
-            raise ValueError(f"{cfg.manifest}: not one of the training videos could be read")
-        if left_out:
-            log.info("%s: %d training videos are left out as unreadable", cfg.manifest, left_out)
-    sided = [c for c in videos.classes or () if re.search(r"left|right", c, re.IGNORECASE)]
-    if sided and cfg.augment.flip:
-        log.warning(
-            "clips are mirrored by chance, which may turn %r into another class: give "
-            "--augment.flip 0 where sides matter", sided[0],
-        )  # fmt: skip
-    return videos, val
-
-
-def _precision(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-
-
-def _make_model(cfg: TrainConfig, videos: VideoList) -> UniFormer:
-    name, overrides = cfg.model or "uniformer_small", cfg.overrides
-    if cfg.model is None and cfg.pretrained and Path(cfg.pretrained).is_file():
-        trained = read_checkpoint(cfg.pretrained).model
-        if trained is not None:
-            overrides = {k: v for k, v in asdict(trained).items() if k != "num_classes"} | overrides
-    pretrained = cfg.pretrained or "." in name  # a name with a tag names weights
-    model = create_model(
-        name, videos.num_classes, pretrained=pretrained, fresh_head=cfg.fresh_head, **overrides
-    )
-    _compare_input(cfg, model.input)
-    model.input, model.classes = cfg.input, videos.classes
-    if any(cfg.grad_checkpointing):
-        model.set_grad_checkpointing(cfg.grad_checkpointing)
-    if cfg.sync_batchnorm:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
-
-
-def _compare_input(cfg: TrainConfig, trained: InputConfig | None) -> None:
-    """Weights fed with other colours than they know learn, but start from little."""
-    for name in ("bgr", "mean", "std", "sampling", "frames", "stride", "size"):
-        if trained and getattr(trained, name) != (now := getattr(cfg.input, name)):
-            log.log(
-                logging.WARNING if name in ("bgr", "mean", "std") else logging.INFO,
-                "%s was trained with %s=%s, this run has %s: perhaps give --input.%s too",
-                cfg.pretrained or cfg.model, name, getattr(trained, name), now, name,
-            )  # fmt: skip
-
-
-def _settings(cfg: TrainConfig, lr: float) -> dict[str, Any]:
-    """The settings as JSON has them, which `--config` reads."""
-    return json.loads(json.dumps(asdict(cfg) | {"lr": lr}))
-
-
-def _fingerprint(processes: int, *lists: VideoList) -> dict[str, Any]:
-    """What else decides the numbers of a run."""
-    videos = hashlib.sha256(repr([v.samples for v in lists]).encode()).hexdigest()[:16]
-    return {"processes": processes, "videos": videos}
