@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.reference_values import golden, value
-from uniformer import CheckpointError, InputConfig, UniFormer, UniFormerConfig
+from uniformer import CheckpointError, InputConfig, UniFormer, UniFormerConfig, create_model
 from uniformer.checkpoint import inflate_weight, load_weights, read_checkpoint, save_checkpoint
 from uniformer.configs import PRESETS
 
@@ -221,3 +221,39 @@ def test_a_checkpoint_of_a_newer_version_is_said_to_be_one(tmp_path, model, monk
     )
     with pytest.raises(CheckpointError, match="newer version"):
         read_checkpoint(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("header", [
+    "not json", "null", "[]", "3", '"x"', "{}", '{"model": null}', '{"model": [1]}',
+    '{"model": {"depths": 3}}', '{"model": {"head_dim": "32"}}', '{"model": {"head_dim": 0}}',
+    '{"model": {}, "input": [1]}', '{"model": {}, "input": {"frames": "4"}}',
+    '{"model": {}, "classes": ["a"]}', '{"model": {}, "classes": 7}',
+    '{"model": {"num_classes": 4}, "classes": "abcd"}',
+], ids=str)  # fmt: skip
+def test_headers_that_make_no_sense_are_damage(header, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"uniformer": header})
+    with pytest.raises(CheckpointError, match=r"w\.safetensors"):
+        read_checkpoint(path)
+
+
+def test_containers_are_told_apart_by_content(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "w.pth")
+    torch.save({"a": torch.ones(1)}, tmp_path / "w.safetensors")
+    torch.save({"a": torch.ones(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("w.pth", "w.safetensors", "old.pt"):
+        assert torch.equal(read_checkpoint(tmp_path / name).weights["a"], torch.ones(1))
+
+
+def test_prefixes_come_off_in_any_order(tmp_path):
+    torch.save({"_orig_mod.module.a": torch.ones(1)}, tmp_path / "w.pth")
+    assert list(read_checkpoint(tmp_path / "w.pth").weights) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "odd", [[1.0], torch.ones(8, dtype=torch.complex64), torch.ones(8, device="meta")], ids=str
+)
+def test_weights_that_are_no_dense_real_tensors_are_refused(odd):
+    model = create_model("uniformer_nano", 8)
+    with pytest.raises(CheckpointError, match=r"dense real tensors; head\.bias is none"):
+        load_weights(model, model.state_dict() | {"head.bias": odd})

@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -128,7 +129,40 @@ def test_it_leaves_no_process_behind(video):
     assert child.poll() is not None
 
 
-@pytest.mark.parametrize("bad", [{"decoder": "opencv"}, {"timeout": 0}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"decoder": "opencv"}, {"timeout": 0}, {"timeout": float("inf")}], ids=str
+)
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Decoder(**bad)
+
+
+def test_threads_take_turns(video, decoder, tmp_path):
+    other = write(tmp_path / "other.mp4", frames=30, height=32, width=64)
+    want = {path: decoder.read(path, [3, 19]) for path in (video, other)}
+    with ThreadPoolExecutor(2) as pool:
+        paths = [video, other] * 10
+        read = pool.map(lambda p: decoder.read(p, [3, 19]), paths)
+        for path, frames in zip(paths, read, strict=True):
+            assert np.array_equal(frames, want[path])
+
+
+def test_an_interrupted_question_does_not_answer_the_next(video, decoder, tmp_path, monkeypatch):
+    other = write(tmp_path / "other.mp4", frames=30, height=32, width=64)
+    want = decoder.read(video, [5])
+
+    def interrupted(pipe):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_module, "_receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.read(other, [5])
+    assert np.array_equal(decoder.read(video, [5]), want)
+
+
+def test_a_file_that_was_replaced_is_read_anew(decoder, tmp_path):
+    path = write(tmp_path / "v.mp4", frames=30)
+    assert decoder.info(path).frames == 30
+    write(path, frames=12)
+    assert decoder.info(path).frames == 12

@@ -283,3 +283,8 @@ def test_the_network_exports():
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
     torch.testing.assert_close(program.module()(x[:1]), model(x[:1]))
+
+
+def test_an_empty_batch_passes():
+    model = tiny().eval()
+    assert model(torch.zeros(0, 3, 4, 32, 32)).shape == (0, model.num_classes)

@@ -218,15 +218,25 @@ def test_a_run_whose_settings_are_lost_is_not_overwritten(cfg, text):
     (folder / "settings.json").unlink()
     if text is not None:
         (folder / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=r"cannot be read from .*settings\.json"):
+    with pytest.raises(ValueError, match=r"settings\.json cannot be read"):
         train(replace(cfg, epochs=1))
 
 
-def test_a_damaged_checkpoint_is_named(cfg):
+@pytest.mark.parametrize("damaged", ["optimizer.bin", "random_states_0.pkl", "model.safetensors"])
+def test_a_damaged_checkpoint_is_named(cfg, damaged):
     folder = train(replace(cfg, epochs=1)).parent
     (checkpoint,) = folder.glob("checkpoint-*")
-    (checkpoint / "optimizer.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{checkpoint.name} is damaged .*delete it"):
+    (checkpoint / damaged).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{checkpoint.name} is damaged .*delete that folder"):
+        train(replace(cfg, epochs=1))
+    (checkpoint / damaged).unlink()
+    with pytest.raises(ValueError, match=rf"{checkpoint.name} is damaged .*delete that folder"):
+        train(replace(cfg, epochs=1))
+
+
+def test_best_weights_that_are_gone_are_missed(cfg):
+    train(replace(cfg, epochs=1)).unlink()
+    with pytest.raises(ValueError, match=r"best\.safetensors is gone"):
         train(replace(cfg, epochs=1))
 
 
@@ -283,8 +293,13 @@ def test_lists_need_a_validation_list(cfg, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"epochs": 0}, {"warmup": 1.0}, {"batch_size": 0}, {"lr": 0.0}], ids=str
-)
+    "bad",
+    [
+        {"epochs": 0}, {"warmup": 1.0}, {"batch_size": 0}, {"lr": 0.0}, {"clip_grad": 0.0},
+        {"weight_decay": -1.0}, {"checkpoint_every": -1}, {"label_smoothing": 2.0},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_bad_settings_are_refused(cfg, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         replace(cfg, **bad)

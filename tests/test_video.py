@@ -25,7 +25,8 @@ NAMES = [
     "plain.mp4", "one_gop.mp4", "open_gop.mp4", "open_gop_hevc.mp4", "ten_bit.mp4",
     "edit_list.mp4", "rotated.mp4", "vfr.mp4", "b_frames.avi", "plain.avi", "vp9.webm",
     "vp8_hidden_frames.webm", "av1.mp4", "plain.mkv", "transport.ts", "program.mpg",
-    "one_frame.mp4", "tall.mp4", "odd.mp4",
+    "one_frame.mp4", "tall.mp4", "odd.mp4", "odd_chroma.webm", "interlaced.mp4",
+    "intra_refresh.mp4",
 ]  # fmt: skip
 
 
@@ -71,6 +72,8 @@ def test_pixels_are_those_of_the_pictures(files):
     ("open_gop.mp4", "open GOP"), ("open_gop_hevc.mp4", "open GOP"), ("edit_list.mp4", "edit list"),
     ("b_frames.avi", "seeking in avi"), ("transport.ts", "seeking in mpegts"),
     ("ten_bit.mp4", "pixels convert"), ("plain.mp4", None), ("vp9.webm", None),
+    ("odd.mp4", None), ("odd_chroma.webm", "chroma of odd sizes"), ("interlaced.mp4", "interlaced"),
+    ("intra_refresh.mp4", "intra refresh"), ("plain.mkv", None),
 ])  # fmt: skip
 def test_decord_serves_only_files_it_seeks_rightly_in(files, name, reason):
     info = open_video(files[name]).info
@@ -81,7 +84,9 @@ def test_decord_serves_only_files_it_seeks_rightly_in(files, name, reason):
         assert reason in info.note
 
 
-@pytest.mark.parametrize("name", ["open_gop.mp4", "edit_list.mp4", "b_frames.avi"])
+@pytest.mark.parametrize(
+    "name", ["open_gop.mp4", "edit_list.mp4", "b_frames.avi", "intra_refresh.mp4", "interlaced.mp4"]
+)
 def test_decord_alone_would_be_wrong(files, name):
     """The reason for all this; if it ever passes, the detour can go."""
     truth = decoded_forward(files[name])
@@ -150,3 +155,13 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_unknown_decoders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="decord, torchcodec, pyav"):
         open_video(write(tmp_path / "v.mp4", frames=2), "opencv")
+
+
+def test_a_stream_that_changes_its_size_keeps_the_first(tmp_path):
+    """As ffmpeg does; two transport streams, one after the other, are one."""
+    small = write(tmp_path / "a.ts", frames=5)
+    large = write(tmp_path / "b.ts", frames=5, height=128, width=160)
+    both = tmp_path / "both.ts"
+    both.write_bytes(small.read_bytes() + large.read_bytes())
+    frames = open_video(both).read(range(8))
+    assert frames.shape[1:3] == (64, 96)

@@ -113,6 +113,12 @@ def write_all(folder: Path) -> list[Path]:
         write(folder / "one_frame.mp4", frames=1),
         write(folder / "tall.mp4", height=96, width=64),
         write(folder / "odd.mp4", height=65, width=97, pix_fmt="yuv444p"),
+        write(folder / "odd_chroma.webm", "libvpx-vp9", options={"b": "1M"}, height=65, width=97),
+        write(folder / "interlaced.mp4", options=X264 | {"flags": "+ilme+ildct"}),
+        write(
+            folder / "intra_refresh.mp4",
+            options={"g": "12", "bf": "0", "x264-params": "intra-refresh=1:keyint=12"},
+        ),
     ]
 
 

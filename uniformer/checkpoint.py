@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -36,6 +36,7 @@ __all__ = [
 CONTAINERS = ("model", "model_state", "state_dict")
 PREFIXES = ("module.", "_orig_mod.")  # left behind by DistributedDataParallel and torch.compile
 HEADER = "uniformer"
+ZIP_OR_PICKLE = (b"PK", b"\x80\x02")  # how torch.save starts a file, now and before 1.6
 SHOWN = 8  # keys of each kind that an error prints; its attributes hold them all
 
 
@@ -96,10 +97,11 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             return _read_safetensors(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the official training args
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        # The official files hold training arguments. An open file, for torch goes by its name.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -112,11 +114,21 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
             f"({wants[1]}). If you trust its origin, load it yourself with torch.load and "
             f"save its state_dict() alone"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (
+        SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError,
+        AttributeError,
+    ) as error:  # fmt: skip
         raise CheckpointError(
             f"{path} is not a checkpoint, or is damaged ({_first_line(error)})"
         ) from error
     return Checkpoint(_unwrap(content, path))
+
+
+def _is_safetensors(path: Path) -> bool:
+    """A length, and the JSON object that is so long."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" or (path.suffix == ".safetensors" and start[:2] not in ZIP_OR_PICKLE)
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -126,11 +138,18 @@ def _read_safetensors(path: Path) -> Checkpoint:
     if header is None:
         return Checkpoint(weights)
     about = json.loads(header)
+    model = UniFormerConfig(**_known(UniFormerConfig, about["model"], path))
+    input, classes = about.get("input"), about.get("classes")
+    if classes is not None and (
+        not isinstance(classes, list)
+        or len(classes) != model.num_classes
+        or not all(isinstance(c, str) for c in classes)
+    ):
+        raise CheckpointError(
+            f"{path} is damaged: it must name {model.num_classes} classes, it has {classes!r:.100}"
+        )
     return Checkpoint(
-        weights,
-        UniFormerConfig(**_known(UniFormerConfig, about["model"], path)),
-        InputConfig(**_known(InputConfig, about["input"], path)) if about.get("input") else None,
-        about.get("classes"),
+        weights, model, InputConfig(**_known(InputConfig, input, path)) if input else None, classes
     )
 
 
@@ -159,10 +178,14 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
             f"{', '.join(CONTAINERS)}; found {found}"
         )
     weights = {str(k): v for k, v in content.items()}
-    for prefix in PREFIXES:
-        if weights and all(k.startswith(prefix) for k in weights):
-            weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    while prefix := _common_prefix(weights):
+        weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     return weights
+
+
+def _common_prefix(keys: Iterable[str]) -> str | None:
+    """One of PREFIXES that all keys have."""
+    return next((p for p in PREFIXES if keys and all(k.startswith(p) for k in keys)), None)
 
 
 def _first_line(error: Exception) -> str:
@@ -219,6 +242,9 @@ def load_weights(
     Raises:
         CheckpointError: keys are missing, unexpected or of another shape; it lists them.
     """
+    for key, value in weights.items():
+        if not _is_dense(value):
+            raise CheckpointError(f"{source} must hold dense real tensors; {key} is none")
     target = model.state_dict()
     headless = not any(k.startswith("head.") for k in target)
     ready = {}
@@ -243,6 +269,11 @@ def load_weights(
             _misfit(source, missing, unexpected, mismatched), missing, unexpected, mismatched
         )
     model.load_state_dict(ready)
+
+
+def _is_dense(value: object) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and not value.is_meta and not value.is_complex()  # type: ignore[attr-defined]
 
 
 def _misfit(source: str, missing: list[str], unexpected: list[str], mismatched: list[str]) -> str:

@@ -1,11 +1,30 @@
 """What a UniFormer is made of, the named presets, and what clips its weights expect."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 __all__ = ["PRESETS", "InputConfig", "UniFormerConfig"]
 
 Four = tuple[int, int, int, int]
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _finite(value: object) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _tuple(cfg: object, name: str, length: int) -> tuple:
+    """Make the field a tuple, for lists come from JSON and YAML."""
+    value = getattr(cfg, name)
+    if not isinstance(value, list | tuple) or len(value) != length:
+        raise ValueError(f"{name} must be {length} numbers, got {value!r}")
+    object.__setattr__(cfg, name, tuple(value))
+    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -52,13 +71,23 @@ class UniFormerConfig:
     drop_path_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "depths", tuple(self.depths))  # lists come from JSON and YAML
-        object.__setattr__(self, "dims", tuple(self.dims))
         for name in ("depths", "dims"):
-            value = getattr(self, name)
-            if len(value) != 4 or any(not isinstance(v, int) or v < 1 for v in value):
+            value = _tuple(self, name, 4)
+            if any(not _whole(v, 1) for v in value):
                 raise ValueError(f"{name} must be four integers of 1 or more, got {value!r}")
-        if len(self.stages) != 4 or set(self.stages) - {"L", "G"}:
+        for name, least in (("head_dim", 1), ("in_channels", 1), ("num_classes", 0)):
+            if not _whole(getattr(self, name), least):
+                raise ValueError(
+                    f"{name} must be an integer of {least} or more, got {getattr(self, name)!r}"
+                )
+        for name in ("dpe", "split", "std", "qkv_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("mlp_ratio", "qk_scale"):
+            value = getattr(self, name)
+            if not (_finite(value) and value > 0) and not (name == "qk_scale" and value is None):
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        if not isinstance(self.stages, str) or len(self.stages) != 4 or set(self.stages) - {*"LG"}:
             raise ValueError(
                 f"stages must be four letters, each L (local) or G (global), as in 'LLGG', "
                 f"got {self.stages!r}"
@@ -69,15 +98,14 @@ class UniFormerConfig:
                     f"stage {stage} is global, so its {dim} channels must be a multiple of "
                     f"head_dim, got head_dim={self.head_dim}"
                 )
-        if self.tube_size not in (3, 5, 7, 9):
+        if not _whole(self.tube_size, 3) or self.tube_size not in (3, 5, 7, 9):
             raise ValueError(f"tube_size must be 3, 5, 7 or 9, got {self.tube_size!r}")
         if self.split and "G" not in self.stages:
             raise ValueError(f"split=True needs a global stage, got stages={self.stages!r}")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes must be 0 or more, got {self.num_classes}")
         for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (_finite(value) and 0 <= value < 1):
+                raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
 _SMALL = UniFormerConfig()
@@ -117,17 +145,19 @@ class InputConfig:
     bgr: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
-        if self.frames < 1 or self.stride < 1:
+        mean, std = _tuple(self, "mean", 3), _tuple(self, "std", 3)
+        if not _whole(self.frames, 1) or not _whole(self.stride, 1):
             raise ValueError(
-                f"frames and stride must be 1 or more, got {self.frames} and {self.stride}"
+                f"frames and stride must be integers of 1 or more, got {self.frames!r} and "
+                f"{self.stride!r}"
             )
         if self.sampling not in ("dense", "uniform"):
             raise ValueError(f"sampling must be 'dense' or 'uniform', got {self.sampling!r}")
-        if self.size < 32:
-            raise ValueError(f"size must be at least 32 pixels, got {self.size}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if not _whole(self.size, 32):
+            raise ValueError(f"size must be at least 32 pixels, got {self.size!r}")
+        if not all(map(_finite, mean + std)) or min(std) <= 0:
             raise ValueError(
-                f"mean and std must be three numbers each, std above 0, got {self.mean}, {self.std}"
+                f"mean and std must be three numbers each, std above 0, got {mean}, {std}"
             )
+        if not isinstance(self.bgr, bool):
+            raise ValueError(f"bgr must be True or False, got {self.bgr!r}")

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import IO, Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from uniformer.video import (
 
 __all__ = ["Decoder"]
 
+MAX_TIMEOUT = 86400.0  # seconds; far larger ones overflow in the child
+
 # Linux's usual 64 KiB cost 9 ms more for a clip of 16 x 256 x 340 pixels; ignored elsewhere.
 PIPE_BYTES = 1 << 20
 
@@ -42,25 +45,26 @@ class Decoder:
     """Reads videos in a child process that is replaced when it hangs or crashes.
 
     Safe to hold across fork and to pickle: every process starts a child of its own when it first
-    reads.
+    reads. Threads may share one, and take turns.
 
     Args:
         decoder: see `open_video`.
         timeout: seconds that opening or reading one file may take.
 
     Raises:
-        ValueError: `decoder` is unknown, or `timeout` is not above 0.
+        ValueError: `decoder` is unknown, or `timeout` is not above 0 and at most a day.
     """
 
     def __init__(self, decoder: str = "decord", timeout: float = 60.0) -> None:
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
-        if timeout <= 0:
-            raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
+        if not 0 < timeout <= MAX_TIMEOUT:
+            raise ValueError(f"timeout must be above 0 and at most a day in seconds, got {timeout}")
         self.decoder = decoder
         self.timeout = timeout
         self._child: subprocess.Popen | None = None
         self._owner = 0
+        self._lock = Lock()
 
     def info(self, path: str | os.PathLike) -> VideoInfo:
         """Open a video.
@@ -133,7 +137,10 @@ class Decoder:
             self.close()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_child": None}
+        return {"decoder": self.decoder, "timeout": self.timeout}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def _ask(
         self, task: str, path: str | os.PathLike, indices: Sequence[int] = ()
@@ -142,6 +149,14 @@ class Decoder:
         wanted = [int(i) for i in indices]
         if task == "read" and (not wanted or min(wanted) < 0):
             raise ValueError(f"indices must be one or more, each 0 or above, got {wanted}")
+        if self._owner != os.getpid():  # after a fork another thread may have held the lock
+            self._lock = Lock()
+        with self._lock:
+            return self._exchange(task, os.fsdecode(path), wanted)
+
+    def _exchange(
+        self, task: str, path: str, wanted: list[int]
+    ) -> tuple[np.ndarray | None, VideoInfo]:
         if self._child is None or self._owner != os.getpid():
             self._start()
         child = self._child
@@ -149,13 +164,16 @@ class Decoder:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            _send(child.stdin, (task, os.fspath(path), wanted))
+            _send(child.stdin, (task, path, wanted))
             answer, frames = _receive(child.stdout)
         except (EOFError, OSError):
             self.close()
             raise VideoDecodeError(
                 f"{path}: its decoder crashed, or was stopped after {self.timeout:g} s"
             ) from None
+        except BaseException:  # Ctrl-C: an answer left in the pipe would be taken for the next one
+            self.close()
+            raise
         if isinstance(answer, VideoDecodeError):
             raise answer
         return frames, answer
@@ -204,13 +222,15 @@ class _OpenVideo:
 
     def __init__(self, decoder: str) -> None:
         self.decoder = decoder
-        self.path: str | None = None
+        self.file: tuple | None = None  # path, and what shows that another file came in its place
         self.reader: Reader
 
     def info(self, path: str, _: list[int]) -> tuple[None, VideoInfo]:
-        if path != self.path:
+        stat = os.stat(path) if os.path.exists(path) else None
+        file = (path, stat and (stat.st_mtime_ns, stat.st_size))
+        if file != self.file:
             self.reader = open_video(path, self.decoder)
-            self.path = path
+            self.file = file
         return None, self.reader.info
 
     def read(self, path: str, indices: list[int]) -> tuple[np.ndarray | None, VideoInfo]:

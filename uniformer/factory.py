@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,23 @@ def list_models(pattern: str = "*") -> list[str]:
         pattern: shell wildcards, as in "*small*".
     """
     return fnmatch.filter(PRESETS, pattern)
+
+
+def configure(preset: str, overrides: Mapping[str, Any]) -> UniFormerConfig:
+    """A preset, perhaps changed.
+
+    Raises:
+        ValueError: no such preset or setting, or a setting out of its range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"no model is named {preset!r}; there are {', '.join(PRESETS)}")
+    settings = {f.name for f in fields(UniFormerConfig)}
+    if unknown := set(overrides) - settings:
+        raise ValueError(
+            f"no such setting: {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(sorted(settings))}"
+        )
+    return replace(PRESETS[preset], **overrides)
 
 
 def create_model(
@@ -62,14 +80,7 @@ def create_model(
     preset, _, tag = name.partition(".")
     if name in ZOO:
         find_weights(preset, tag)  # says which of the released models are not built
-    if preset not in PRESETS:
-        raise ValueError(f"no model is named {preset!r}; there are {', '.join(PRESETS)}")
-    settings = {f.name for f in fields(UniFormerConfig)}
-    if unknown := set(overrides) - settings:
-        raise ValueError(
-            f"no such setting: {', '.join(sorted(unknown))}; there are "
-            f"{', '.join(sorted(settings))}"
-        )
+    configure(preset, overrides)
     if tag and pretrained is not True:
         raise ValueError(
             f"{name!r} names weights: pass pretrained=True with it, or just {preset!r}"
@@ -89,7 +100,7 @@ def create_model(
             num_classes = _num_classes(checkpoint)
     if num_classes is not None:
         overrides["num_classes"] = num_classes
-    cfg = replace(PRESETS[preset], **overrides)
+    cfg = configure(preset, overrides)
     if checkpoint is None:
         return UniFormer(cfg)
     if checkpoint.model is not None:
@@ -171,7 +182,7 @@ def find_checkpoint(preset: str, source: str | os.PathLike) -> Checkpoint:
 
 def _num_classes(checkpoint: Checkpoint) -> int | None:
     head = checkpoint.weights.get("head.weight")
-    return None if head is None else head.shape[0]
+    return head.shape[0] if head is not None and head.ndim == 2 else None
 
 
 def _check_architecture(cfg: UniFormerConfig, trained: UniFormerConfig, source: str) -> None:

@@ -1,12 +1,12 @@
 """Parameters, multiply-adds, and the paper's tables."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from uniformer.configs import PRESETS, UniFormerConfig
-from uniformer.factory import list_models
+from uniformer.factory import configure, list_models
 from uniformer.flops import StageMacs, count_macs
 from uniformer.model import UniFormer
 from uniformer.pretrained import ZOO
@@ -61,13 +61,11 @@ def info(cfg: InfoConfig) -> None:
     if cfg.zoo:
         _print_zoo()
     if cfg.name is not None:
-        if cfg.name not in PRESETS:
-            raise ValueError(f"no model is named {cfg.name!r}; there are {', '.join(PRESETS)}")
         if cfg.size < 32 or cfg.frames < 1:
             raise ValueError(
                 f"size must be at least 32 and frames at least 1, got {cfg.size} and {cfg.frames}"
             )
-        _print_model(cfg.name, replace(PRESETS[cfg.name], **cfg.overrides), cfg.frames, cfg.size)
+        _print_model(cfg.name, configure(cfg.name, cfg.overrides), cfg.frames, cfg.size)
     elif not (cfg.paper or cfg.zoo):
         print("models:", *list_models())
         print("uniformer info MODEL, or --paper, or --zoo")

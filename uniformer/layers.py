@@ -150,7 +150,7 @@ class GlobalMHRA(nn.Module):
         """x (B, ..., C), tokens in between -> the same shape, before the residual."""
         _check_channels(x, self.qkv.in_features)
         dropout = self.attn_drop if self.training else 0.0
-        qkv = self.qkv(x.reshape(x.shape[0], -1, x.shape[-1]))
+        qkv = self.qkv(x.flatten(1, -2))
         out = attention(qkv, self.num_heads, self.scale, dropout)
         return self.proj_drop(self.proj(out)).view(x.shape)
 

@@ -261,9 +261,13 @@ class UniFormer(nn.Module):
             ValueError: not four counts from 0 to the stage's depth.
         """
         depths = self.cfg.depths
-        all_or_none = depths if enable else (0, 0, 0, 0)
-        counts = all_or_none if isinstance(enable, bool) else tuple(enable)
-        if len(counts) != 4 or any(not 0 <= n <= d for n, d in zip(counts, depths, strict=True)):
+        if isinstance(enable, bool):
+            counts: tuple[int, ...] = depths if enable else (0, 0, 0, 0)
+        else:
+            counts = tuple(enable) if isinstance(enable, Sequence) else ()
+        if len(counts) != 4 or any(
+            not isinstance(n, int) or not 0 <= n <= d for n, d in zip(counts, depths, strict=True)
+        ):
             raise ValueError(
                 f"give True, False, or four counts of at most {depths} blocks, got {enable!r}"
             )

@@ -87,6 +87,8 @@ def predict(cfg: PredictConfig) -> list[Prediction]:
         model.classes = names
     if model.classes is None:
         print("the names of the classes are not known: give a file of them with --labels")
+    if cfg.sheet and Path(cfg.sheet).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"sheet must end as a picture does, in .png say, got {cfg.sheet}")
     paths = [p for v in cfg.videos for p in (videos_in(Path(v)) if Path(v).is_dir() else []) or [v]]
     predictions, failures = [], []
     with Decoder(cfg.decoder, cfg.timeout) as decoder:

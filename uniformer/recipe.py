@@ -105,8 +105,17 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.lr is not None and self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
+        for name in ("lr", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("weight_decay", "checkpoint_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in 0..1, got {self.label_smoothing}")
+        if fixed := {"num_classes", "in_channels"} & set(self.overrides):
+            raise ValueError(f"overrides cannot hold {', '.join(fixed)}: the videos decide that")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a share from 0 to below 1, got {self.warmup}")
 

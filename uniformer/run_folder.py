@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 __all__ = ["RunFolder"]
 
 PREFIX, PARTIAL = "checkpoint-", ".partial-"
+FILES = "files.json"  # in a checkpoint: the size of each other file of it
 
 
 class RunFolder:
@@ -68,8 +70,8 @@ class RunFolder:
         except (OSError, ValueError) as reason:
             error = str(reason)
         raise ValueError(
-            f"{self.path} holds a run whose settings cannot be read from {path} ({error}): restore "
-            f"that file, or give another folder with --out"
+            f"{self.path} holds a run, but {path} cannot be read ({error}): restore that file, or "
+            f"give another folder with --out"
         )
 
     def write_json(self, name: str, content: Any) -> None:
@@ -99,15 +101,36 @@ class RunFolder:
         save(str(partial))
         wait()
         if main:
+            sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
+            (partial / FILES).write_text(json.dumps(sizes))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             for old in sorted(self._checkpoints(), key=_step_of)[:-keep]:
                 shutil.rmtree(old)
         wait()
 
+    def check_files(self, checkpoint: Path) -> None:
+        """See that a checkpoint is as it was written.
+
+        Raises:
+            ValueError: a file is missing, or has another size.
+        """
+        sizes = self._read_json(f"{checkpoint.name}/{FILES}")
+        for name, size in sizes.items():
+            path = checkpoint / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise ValueError(
+                    f"{checkpoint} is damaged ({name} is not as it was written): delete that "
+                    f"folder to go on from the checkpoint before, or give another --out"
+                )
+
     def _checkpoints(self) -> list[Path]:
-        return [p for p in self.path.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+        return [p for p in self.path.glob(f"{PREFIX}*") if re.fullmatch("[0-9]+", _number(p))]
+
+
+def _number(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix(PREFIX)
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(PREFIX))
+    return int(_number(checkpoint))

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -180,7 +179,8 @@ class Trainer:
         self.folder.check({"settings.json": settings, "fingerprint.json": fingerprint}, FREE)
         checkpoint = self.folder.last_checkpoint()
         if checkpoint is not None:
-            self.load_state(checkpoint)
+            self.folder.check_files(checkpoint)
+            self.accelerator.load_state(str(checkpoint))
             p = self.progress
             self.report.said.update(p.failures)
             at = f"epoch {p.epoch + 1}, batch {p.batch + 1}"
@@ -271,7 +271,8 @@ class Trainer:
             "unreadable": len(p.failures | result.unreadable),
         }
         before = [r["val_top1"] for r in p.history if r["val_top1"] is not None]
-        best = not before or result.top1 > max(before)
+        lost = not (self.folder.path / "best.safetensors").is_file()
+        best = lost or not before or result.top1 > max(before)
         p.history.append(row)
         self.say(
             f"epoch {row['epoch']:>3}/{self.cfg.epochs}  loss {row['train_loss']:.3f}  top-1 "
@@ -290,6 +291,8 @@ class Trainer:
     def say_best(self) -> Path:
         """The best weights, and what to do with them."""
         path = self.folder.path / "best.safetensors"
+        if self.accelerator.is_main_process and not path.is_file():
+            raise ValueError(f"{path} is gone; the weights of the last epoch are beside it")
         rows = [row for row in self.progress.history if row["val_top1"] is not None]
         if rows:
             best = max(rows, key=lambda row: row["val_top1"])  # the first, if several are as good
@@ -303,15 +306,6 @@ class Trainer:
             model = self.accelerator.unwrap_model(self.model)
             for name in names:
                 save_checkpoint(self.folder.path / f"{name}.safetensors", model, weights)
-
-    def load_state(self, checkpoint: Path) -> None:
-        try:
-            self.accelerator.load_state(str(checkpoint))
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
-            raise ValueError(
-                f"{checkpoint} is damaged ({error}): delete it to go on from the one before, if "
-                f"there is one, or start again in another folder"
-            ) from error
 
     def save_state(self) -> None:
         accelerator = self.accelerator

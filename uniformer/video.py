@@ -85,12 +85,15 @@ class PyAVReader:
     def read(self, indices: Sequence[int]) -> np.ndarray:
         wanted, last = set(indices), max(indices)
         found: dict[int, np.ndarray] = {}
-        seen = 0
+        seen, size = 0, None
         for frame in self._frames():
+            size = size or (frame.width, frame.height)
             if seen in wanted:
-                pixels = frame.to_ndarray(format="rgb24")
+                # A stream may change its size on the way; ffmpeg scales to the first, too.
+                pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
                 # ffmpeg and decord show a phone's video upright; PyAV leaves it as stored.
-                found[seen] = np.rot90(pixels, frame.rotation // 90 % 4)
+                turns = frame.rotation // 90 % 4 if frame.rotation % 90 == 0 else 0
+                found[seen] = np.rot90(pixels, turns)
             seen += 1
             if seen > last:
                 return np.stack([found[i] for i in indices])
@@ -235,11 +238,39 @@ def _scan_packets(path: str) -> tuple[int, float, str | None]:
     with av.open(path) as container:
         stream = container.streams.video[_best_video(container)]
         fps = float(stream.average_rate or 0)
-        formats = container.format.name.split(",")
-        pixels = stream.codec_context.pix_fmt
-        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
-    shown = [pts for pts, _, discard in packets if not discard]
-    return len(shown), fps, _why_not_seek(packets, formats, pixels)
+        codec = stream.codec_context
+        packets, anew = [], True
+        for p in container.demux(stream):
+            if p.size:
+                packets.append((p.pts, p.is_keyframe, p.is_discard))
+                if p.is_keyframe and codec.name == "h264":
+                    anew = anew and _has_idr(bytes(p), codec.extradata or b"")
+        why = _why_not_seek(packets, container.format.name.split(","), codec.pix_fmt)
+        why = why or _why_not_convert(codec)
+    if not anew:
+        why = why or "keyframes do not start anew (intra refresh)"
+    return sum(not discard for *_, discard in packets), fps, why
+
+
+def _has_idr(packet: bytes, extradata: bytes) -> bool:
+    """Whether an H.264 keyframe is an IDR picture: a recovery point passes for a keyframe too."""
+    if extradata[:1] != b"\x01":  # Annex B: units after start codes
+        return any(unit[:1] and unit[0] & 31 == 5 for unit in packet.split(b"\0\0\1")[1:])
+    width, at = (extradata[4] & 3) + 1, 0  # avcC: units after their lengths
+    while at + width < len(packet):
+        if packet[at + width] & 31 == 5:
+            return True
+        at += width + int.from_bytes(packet[at : at + width], "big")
+    return False
+
+
+def _why_not_convert(codec: Any) -> str | None:
+    """Why decord's colours would differ from ffmpeg's, or None."""
+    if (codec.width % 2 or codec.height % 2) and not codec.pix_fmt.endswith("444p"):
+        return "chroma of odd sizes converts inexactly"
+    if codec.field_order > 1:  # neither unknown nor progressive
+        return "chroma of interlaced frames converts inexactly"
+    return None
 
 
 def _best_video(container: Any) -> int:
