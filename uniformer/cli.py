@@ -82,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         if parsed.command == "train":
             print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # at once: no waiting for workers that were interrupted midway
 
 
 def _sentence(error: Exception) -> str:

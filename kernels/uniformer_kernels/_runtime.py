@@ -1,12 +1,30 @@
-"""The one place that asks the environment what it is and which implementation to run."""
+"""The one place that asks the environment what it is, and which implementation is to run.
+
+An operator says which backends it has on which device, the default first; `serving` picks one.
+"""
 
 import contextlib
+import ctypes
+import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-__all__ = ["BACKENDS", "backend", "current_backend"]
+import torch
 
-BACKENDS = ("auto", "reference")
+from uniformer_kernels import _native
+
+__all__ = [
+    "BACKENDS", "backend", "current_backend", "interpreting", "multiprocessors", "native_library",
+    "on_device", "parallel_for", "register", "report", "serving", "why_not",
+]  # fmt: skip
+
+log = logging.getLogger("uniformer.kernels")
+
+BACKENDS = ("auto", "reference", "triton", "cuda", "native")
 
 
 def _checked(name: str) -> str:
@@ -28,15 +46,144 @@ def backend(name: str) -> Iterator[None]:
     """Choose how the operators run, for the whole process, while the context lasts.
 
     Args:
-        name: "auto", the fastest there is; "reference", the formula of the paper in plain
-            PyTorch, literally.
+        name: "auto", the best there is for each tensor; "reference", the formula of the paper in
+            plain PyTorch; "triton"; "cuda", C++ for the GPU; "native", C++ for the CPU. An operator
+            without such an implementation runs as with "auto": `uniformer doctor` shows which have.
 
     Raises:
-        ValueError: `name` is neither.
+        ValueError: `name` is none of these.
+        RuntimeError: it cannot run here; the text says why.
     """
     global _current
-    before, _current = _current, _checked(name)
+    _checked(name)
+    if why := why_not(name):
+        raise RuntimeError(f"backend {name!r} cannot run here: {why}")
+    before, _current = _current, name
     try:
         yield
     finally:
         _current = before
+
+
+# --- Which implementation serves ------------------------------------------------------
+
+_SERVES: dict[str, Mapping[str, tuple[str, ...]]] = {}
+_announced: set[str] = set()
+
+
+def register(op: str, serves: Mapping[str, tuple[str, ...]]) -> None:
+    """Say which backends an operator has, by type of device, the default first."""
+    _SERVES[op] = serves
+
+
+def serving(op: str, device: torch.device) -> str:
+    """The backend that runs `op` on `device` now.
+
+    Raises:
+        ValueError: the backend asked for does not run on that device.
+        RuntimeError: it cannot run here.
+    """
+    asked, serves = current_backend(), _SERVES[op]
+    if asked == "reference":
+        return asked
+    if asked != "auto" and any(asked in names for names in serves.values()):
+        if asked not in serves.get(device.type, ()):
+            raise ValueError(f"backend {asked!r} does not run {op} on {device.type} tensors")
+        if why := why_not(asked):
+            raise RuntimeError(f"backend {asked!r} cannot run here: {why}")
+        return asked
+    chosen, why = _default(serves, device.type)
+    if why and f"{op} {why}" not in _announced:
+        _announced.add(f"{op} {why}")
+        log.warning("%s on %s runs in plain PyTorch, slower than it could: %s", op, device, why)
+    return chosen
+
+
+def _default(serves: Mapping[str, tuple[str, ...]], device: str) -> tuple[str, str | None]:
+    """The backend for "auto", and why it is the slow one, if so."""
+    best, *_ = serves.get(device, ("reference",))
+    why = why_not(best)
+    return ("reference", f"{best} cannot run here: {why}") if why else (best, None)
+
+
+def report() -> list[tuple[str, str, str, dict[str, str | None]]]:
+    """For `uniformer doctor`: operator, device, what serves it, and why each other cannot run."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [
+        (op, d, serving(op, torch.device(d)), {name: why_not(name) for name in serves.get(d, ())})
+        for op, serves in sorted(_SERVES.items())
+        for d in devices
+    ]
+
+
+def why_not(name: str) -> str | None:
+    """Why a backend cannot run here, or None."""
+    if name == "triton":
+        return _why_not_triton()
+    if name in ("cuda", "native"):
+        return native_library(name)[1]
+    return None
+
+
+@cache
+def _why_not_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    if torch.cuda.is_available() or interpreting():
+        return None
+    return "there is no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, to test)"
+
+
+# --- Devices --------------------------------------------------------------------------
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Launch on `x`'s GPU: Triton otherwise launches on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """Of `x`'s GPU; a few for the interpreter."""
+    if not x.is_cuda:
+        return 2
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+# --- The native libraries -------------------------------------------------------------
+
+
+@cache
+def native_library(name: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library of `csrc/` for "native" (CPU) or "cuda", or why there is none.
+
+    It is taken from the package where it was built with it, else built once and kept in
+    ~/.cache/uniformer (or under XDG_CACHE_HOME).
+    """
+    try:
+        if name == "cuda":
+            if not torch.cuda.is_available():
+                return None, "there is no CUDA device"
+            major, minor = torch.cuda.get_device_capability()
+            command = _native.cuda_command(os.environ.get("CUDA_HOME"), f"{major}{minor}")
+        else:
+            command = _native.cpu_command(os.environ.get("CXX"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uniformer"
+        return ctypes.CDLL(str(_native.library(name, command, cache))), None
+    except (_native.BuildError, OSError) as error:
+        return None, str(error)
+
+
+@cache
+def parallel_for() -> Any:
+    """PyTorch's own threads, as a C function: a second pool would fight with them."""
+    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    prefix = "" if sys.platform == "win32" else "lib"
+    path = Path(torch.__file__).parent / "lib" / f"{prefix}torch_cpu.{suffix}"
+    return ctypes.CDLL(str(path)).torch_parallel_for

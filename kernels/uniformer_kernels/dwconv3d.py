@@ -5,16 +5,31 @@
 and, with `residual`, plus x itself. UniFormer uses it as the dynamic position embedding (3x3x3,
 with residual) and as the token affinity of the local relation aggregator (5x5x5).
 
+The gradient of x is the same convolution of dy with the taps mirrored; that of the weight is a
+correlation of dy with x. Both are linear in each argument, so that gradients of gradients are
+made of the same three operations. Triton kernels are in `dwconv3d_triton.py`, C++ in `csrc/`.
+
 Shapes: B clips, T frames, H rows, W columns, C channels; activations are (B, T, H, W, C).
 Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 6 and 8.
 """
 
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from uniformer_kernels import _runtime
 
 __all__ = ["dwconv3d", "dwconv3d_ref"]
 
 MAX_KERNEL = 9  # the largest tube size of the paper's ablation
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_runtime.register("dwconv3d", {"cuda": ("triton", "cuda"), "cpu": ("native", "triton")})
 
 
 # --- Reference ------------------------------------------------------------------------
@@ -30,6 +45,203 @@ def dwconv3d_ref(
     return x + y if residual else y
 
 
+def _bwd_ref(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+    """dx (without the residual's share), dweight and dbias, those that are wanted, by PyTorch."""
+    return torch.ops.aten.convolution_backward(
+        dy.permute(0, 4, 1, 2, 3), x.permute(0, 4, 1, 2, 3), weight, [x.shape[-1]], [1] * 3,
+        [k // 2 for k in weight.shape[2:]], [1] * 3, False, [0] * 3, x.shape[-1], wanted,
+    )  # fmt: skip
+
+
+# --- CPU ------------------------------------------------------------------------------
+
+
+def _fwd_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+    """PyTorch's channels-last forward is near the machine's peak already."""
+    dtype = x.dtype
+    if residual and dtype == torch.float32:  # x itself as one more weight of the middle tap
+        weight = weight.clone()
+        kt, kh, kw = weight.shape[2:]
+        weight[:, 0, kt // 2, kh // 2, kw // 2] += 1
+        residual = False
+    bias = None if bias is None else bias.to(dtype)
+    return dwconv3d_ref(x, weight.to(dtype), bias, residual=residual).contiguous()
+
+
+def _bwd_weight_native(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Gradients of the weight and, last, of the bias: (taps + 1, C) fp32."""
+    C, _, *kernel = weight.shape
+    grads = x.new_empty(math.prod(kernel) + 1, C, dtype=torch.float32)
+    library, why = _runtime.native_library("native")
+    if library is None:
+        raise RuntimeError(f"backend 'native' cannot run here: {why}")
+    code = library.uniformer_dwconv3d_bwd_weight(
+        ctypes.c_void_p(x.data_ptr()), _int64s(x.stride()),
+        ctypes.c_void_p(dy.data_ptr()), _int64s(dy.stride()),
+        _int64s(x.shape), _int64s(kernel), ctypes.c_int32(KERNEL_DTYPES.index(x.dtype)),
+        ctypes.c_void_p(grads.data_ptr()), _runtime.parallel_for(),
+    )  # fmt: skip
+    if code:
+        raise MemoryError(f"no memory for the gradient of a {tuple(weight.shape)} weight")
+    return grads
+
+
+def _int64s(values: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+# --- Ops: shapes, dispatch, autograd --------------------------------------------------
+
+
+@torch.library.custom_op("uniformer::dwconv3d", mutates_args=())
+def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+    """x (B, T, H, W, C), weight (C, 1, kt, kh, kw), bias (C,) -> y (B, T, H, W, C), contiguous."""
+    served_by = _runtime.serving("dwconv3d", x.device)
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    if served_by == "triton":
+        from uniformer_kernels import dwconv3d_triton
+
+        return dwconv3d_triton.fwd(x, weight, bias, residual)
+    return _fwd_cpu(x, weight, bias, residual)
+
+
+@_fwd.register_fake
+def _fwd_fake(x, weight, bias, residual):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("uniformer::dwconv3d_bwd", mutates_args=())
+def _bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, residual: bool, with_dx: bool, with_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy and x (B, T, H, W, C) -> dx in dy's dtype, dweight and dbias in the weight's.
+
+    Those that are not wanted come with no elements.
+    """
+    served_by = _runtime.serving("dwconv3d", x.device)
+    dx, dw, db = _bwd_fake(dy, x, weight, residual, with_dx, with_dw)
+    grads = None  # of weight and bias, (taps + 1, C)
+    if dy.numel() == 0:
+        return dx, dw.zero_(), db.zero_()
+    if served_by == "triton":
+        from uniformer_kernels import dwconv3d_triton
+
+        if with_dx:
+            dx = dwconv3d_triton.fwd(dy, weight, None, residual, mirror=True)
+        if with_dw:
+            grads = dwconv3d_triton.bwd_weight(dy, x, weight)
+    elif served_by == "native":
+        if with_dx:
+            dx = _fwd_cpu(dy, weight.flip(2, 3, 4), None, residual)
+        if with_dw:
+            grads = _bwd_weight_native(dy, x, weight)
+    else:
+        weight_ = weight.to(x.dtype)
+        dx_, dw_, db_ = _bwd_ref(dy, x, weight_, [with_dx, with_dw, with_dw])
+        if dx_ is not None:
+            dx = dx_.permute(0, 2, 3, 4, 1).contiguous()
+            dx = dx.add_(dy) if residual else dx
+        if dw_ is not None and db_ is not None:
+            dw, db = dw_.to(weight.dtype), db_.to(weight.dtype)
+    if grads is not None:
+        dw.copy_(grads[:-1].t().unflatten(1, (1, *weight.shape[2:])))
+        db.copy_(grads[-1])
+    return dx, dw, db
+
+
+@_bwd.register_fake
+def _bwd_fake(dy, x, weight, residual, with_dx, with_dw):
+    dx = dy.new_empty(dy.shape if with_dx else 0)
+    dw = weight.new_empty(weight.shape if with_dw else 0)
+    return dx, dw, weight.new_empty(weight.shape[0] if with_dw else 0)
+
+
+def _fwd_context(ctx, inputs, output):
+    x, weight, bias, ctx.residual = inputs
+    ctx.with_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _fwd_backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    with_dw = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    dx, dw, db = _bwd(dy, x, weight, ctx.residual, ctx.needs_input_grad[0], with_dw)
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        dw if ctx.needs_input_grad[1] else None,
+        db if ctx.needs_input_grad[2] else None,
+        None,
+    )
+
+
+def _bwd_context(ctx, inputs, output):
+    dy, x, weight, ctx.residual, ctx.with_dx, ctx.with_dw = inputs
+    ctx.save_for_backward(dy, x, weight)
+
+
+def _bwd_backward(ctx, gdx, gdw, gdb):
+    """Gradients of the gradients: dx is linear in dy and weight, dweight in dy and x."""
+    dy, x, weight = ctx.saved_tensors
+    g_dy = g_x = g_weight = None
+    if ctx.with_dx:
+        g_dy = _fwd(gdx, weight, None, ctx.residual)
+        g_weight = _bwd(dy, gdx, weight, False, False, True)[1]
+    if ctx.with_dw:
+        share = _fwd(x, gdw, gdb, False)
+        g_dy = share if g_dy is None else g_dy + share
+        g_x = _fwd(dy, gdw.flip(2, 3, 4), None, False)
+    return g_dy, g_x, g_weight, None, None, None
+
+
+_fwd.register_autograd(_fwd_backward, setup_context=_fwd_context)
+_bwd.register_autograd(_bwd_backward, setup_context=_bwd_context)
+
+
+@_fwd.register_vmap
+def _fwd_vmap(info, in_dims, x, weight, bias, residual):
+    """What is mapped over becomes more channels, each of which has its own weight."""
+    N = info.batch_size
+    x, weight, bias = (
+        _as_channels(t, dim, N, axis)
+        for t, dim, axis in zip((x, weight, bias), in_dims[:3], (-1, 0, 0), strict=True)
+    )
+    return _fwd(x, weight, bias, residual).unflatten(-1, (N, -1)), 4
+
+
+@_bwd.register_vmap
+def _bwd_vmap(info, in_dims, dy, x, weight, residual, with_dx, with_dw):
+    N = info.batch_size
+    dy, x, weight = (
+        _as_channels(t, dim, N, axis)
+        for t, dim, axis in zip((dy, x, weight), in_dims[:3], (-1, -1, 0), strict=True)
+    )
+    dx, dw, db = _bwd(dy, x, weight, residual, with_dx, with_dw)
+    if with_dx:
+        dx = dx.unflatten(-1, (N, -1))
+    if with_dw:
+        dw, db = dw.unflatten(0, (N, -1)), db.unflatten(0, (N, -1))
+    return (dx, dw, db), (4 if with_dx else None, *([0, 0] if with_dw else [None, None]))
+
+
+def _as_channels(t: Tensor | None, dim: int | None, N: int, axis: int) -> Tensor | None:
+    """Move the mapped dimension in front of the channels, and flatten the two into one."""
+    if t is None:
+        return None
+    t = t.unsqueeze(0).expand(N, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.movedim(0, -2).flatten(-2) if axis == -1 else t.flatten(0, 1)
+
+
+@register_flop_formula(torch.ops.uniformer.dwconv3d)
+def _fwd_flops(x_shape, weight_shape, *_, **__):
+    return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
+
+
+@register_flop_formula(torch.ops.uniformer.dwconv3d_bwd)
+def _bwd_flops(dy_shape, x_shape, weight_shape, residual, with_dx, with_dw, **_):
+    return _fwd_flops(x_shape, weight_shape) * (with_dx + with_dw)
+
+
 # --- Public ---------------------------------------------------------------------------
 
 
@@ -39,19 +251,34 @@ def dwconv3d(
     """Convolve every channel of `x` with its own kernel.
 
     Equivalent to `F.conv3d(x, weight, bias, padding="same", groups=C)` with channels last.
+    Differentiable any number of times, also under `torch.func`. Under autocast x is cast as
+    convolutions are, but not with `residual`, whose sum keeps x's precision, as `x + conv(x)` does.
 
     Args:
-        x: (B, T, H, W, C), floating point; any strides.
-        weight: (C, 1, kt, kh, kw), each of kt, kh, kw odd and from 1 to 9.
-        bias: (C,).
+        x: (B, T, H, W, C), fp32, fp16, bf16, or fp64, which runs in plain PyTorch; any strides,
+            though only channels side by side are read without a copy.
+        weight: (C, 1, kt, kh, kw), each of kt, kh, kw odd and from 1 to 9; of x's dtype, or fp32.
+        bias: (C,), of the weight's dtype.
         residual: add `x` to the result.
 
     Returns:
-        (B, T, H, W, C), in `x`'s dtype.
+        (B, T, H, W, C), contiguous, in `x`'s dtype.
 
     Raises:
-        ValueError: a shape is not as above.
+        ValueError: a shape or dtype is not as above.
+        RuntimeError: the backend that was asked for cannot run here.
     """
+    _check(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type) and not residual and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    plain = _runtime.current_backend() == "reference" or x.device.type not in ("cpu", "cuda")
+    if plain or x.dtype == torch.float64:
+        bias = None if bias is None else bias.to(x.dtype)
+        return dwconv3d_ref(x, weight.to(x.dtype), bias, residual=residual)
+    return _fwd(x, weight, bias, residual)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.ndim != 5:
         raise ValueError(f"x must be (B, T, H, W, C), got shape {tuple(x.shape)}")
     C = x.shape[-1]
@@ -67,4 +294,10 @@ def dwconv3d(
         )
     if bias is not None and bias.shape != (C,):
         raise ValueError(f"bias must be ({C},), got {tuple(bias.shape)}")
-    return dwconv3d_ref(x, weight, bias, residual=residual)
+    if x.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise ValueError(f"x must be fp32, fp16, bf16 or fp64, got {x.dtype}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype not in (x.dtype, torch.float32, weight.dtype):
+            raise ValueError(f"{name} must be of x's dtype or fp32, got {t.dtype} for x {x.dtype}")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} must be on x's device, got {t.device} and {x.device}")

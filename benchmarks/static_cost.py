@@ -1,0 +1,174 @@
+"""What the compiler made of every Triton kernel: registers, spills, and the main loop's instructions.
+
+    python -m benchmarks.static_cost            # compile for sm_80, sm_90 and sm_100, write the report
+
+Needs no GPU: kernels are compiled ahead of time, at the launch configurations the library uses for
+UniFormer's own shapes, and the machine code is counted. The report lies in
+`benchmarks/results/static_cost.json`; a change that adds instructions says why.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "static_cost.json"
+ARCHS = (80, 90, 100)
+B = 8
+OPTIONS: dict[str, Any] = {}
+# UniFormer at 16 x 224 x 224: channels, and T x H x W of the four stages.
+STAGES = ((64, 8, 56, 56), (128, 8, 28, 28), (320, 8, 14, 14), (512, 8, 7, 7))
+KERNELS = {3: STAGES, 5: STAGES[:2]}  # the DPE everywhere, the affinity in the local stages
+
+# Machine instructions by what they are for.
+KINDS = {
+    "ffma": r"FFMA|FMUL|FADD",
+    "load": r"LDG|LD\b",
+    "store": r"STG|ST\b",
+    "shared": r"LDS|STS|LDSM|BAR",
+    "convert": r"PRMT|F2F|HADD2|I2F|F2I",
+    "integer": r"IADD|IMAD|LEA|SHF|LOP3|ISETP|PLOP|SEL|MOV|CS2R|R2P|UIADD|UISETP|ULOP|USHF|UMOV|UIMAD|ULEA|USEL|UP|R2UR|S2R|S2UR|P2R|VOTE",
+    "branch": r"BRA|EXIT|WARPSYNC|BSSY|BSYNC|NOP",
+}
+
+
+def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
+    """Label, kernel, its arguments (a dtype for a pointer, or a value), warps."""
+    from uniformer_kernels import dwconv3d_triton as op
+
+    for k, stages in KERNELS.items():
+        for C, T, H, W in stages:
+            shape, label = (B, T, H, W, C), f"{k}x{k}x{k} C={C} {T}x{H}x{W} bf16"
+            strides = (T * H * W * C, H * W * C, W * C, C)
+            config = op.fwd_config(shape, C, (k, k, k))
+            pointers = {"X": "bf16", "Weight": "fp32", "Bias": "fp32", "Y": "bf16"}
+            residual = k == 3
+            yield (
+                f"dwconv3d_fwd {label}",
+                op._dwconv3d_fwd_kernel,
+                pointers
+                | dict(zip(("stride_xb", "stride_xt", "stride_xh"), strides[:3], strict=True))
+                | config.arguments
+                | {"MIRROR": False, "RESIDUAL": residual},
+                config.warps,
+            )
+            config = op.bwd_weight_config(shape, C, C, (k, k, k), multiprocessors=132)
+            pointers = {"DY": "bf16", "X": "bf16", "Partial": "fp32"}
+            names = [f"stride_{t}{axis}" for t in ("dy", "x") for axis in "bth"]
+            yield (
+                f"dwconv3d_bwd_weight {label}",
+                op._dwconv3d_bwd_weight_kernel,
+                pointers | dict(zip(names, strides[:3] * 2, strict=True)) | config.arguments,
+                config.warps,
+            )
+
+
+def compile_for(arch: int, kernel: Any, arguments: dict[str, Any], warps: int) -> dict[str, Any]:
+    """Registers, shared memory, spills and instructions of a kernel on sm_`arch`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constexprs = {p.name for p in kernel.params if p.is_constexpr}
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if isinstance(value, str):
+            signature[name], attributes[(i,)] = f"*{value}", [["tt.divisibility", 16]]
+        elif name in constexprs or value == 1:  # as a launch specialises
+            signature[name], values[name] = "constexpr", value
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    target = GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps} | OPTIONS)
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spilled_bytes": int(re.search(r"LOCAL:(\d+)", usage)[1])
+        + int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared_bytes": compiled.metadata.shared,
+        "warps": warps,
+        "instructions": len(sass),
+        "loop": _mix(_main_loop(sass)),
+    }
+
+
+def _disassemble(cubin: bytes) -> tuple[str, list[tuple[int, str]]]:
+    """What cuobjdump says of resources, and (address, instruction)."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, text = (
+            subprocess.run(
+                [tools / "cuobjdump", flag, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)
+    return usage, [(int(address, 16), instruction.strip()) for address, instruction in found]
+
+
+def _main_loop(sass: list[tuple[int, str]]) -> list[str]:
+    """The loop with the most products: from the target of a backward branch to the branch."""
+    loops = [[i for _, i in sass]]
+    for address, instruction in sass:
+        target = re.search(r"BRA.*?0x([0-9a-f]+)", instruction)
+        if target and int(target[1], 16) < address:
+            start = int(target[1], 16)
+            loops.append([i for a, i in sass if start <= a <= address])
+    inner = [loop for loop in loops[1:] if _mix(loop)["ffma"]]
+    return max(inner, key=lambda loop: _mix(loop)["ffma"]) if inner else loops[0]
+
+
+def _mix(instructions: list[str]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for instruction in instructions:
+        opcode = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+        kind = next((k for k, pattern in KINDS.items() if re.match(pattern, opcode)), "other")
+        counts[kind] += 1
+    return {"all": len(instructions)} | {k: counts[k] for k in (*KINDS, "other")}
+
+
+def report(archs: tuple[int, ...] = ARCHS) -> list[dict[str, Any]]:
+    """A row for each kernel, shape and architecture."""
+    return [
+        {"kernel": label, "arch": f"sm_{arch}"} | compile_for(arch, kernel, arguments, warps)
+        for label, kernel, arguments, warps in cases()
+        for arch in archs
+    ]
+
+
+def main() -> None:
+    if os.environ.pop("TRITON_INTERPRET", None):
+        sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
+    import triton
+
+    archs = tuple(map(int, sys.argv[1:])) or ARCHS
+    rows = report(archs)
+    for row in rows:
+        loop = row["loop"]
+        print(
+            f"{row['kernel']:<48}{row['arch']:<8}{row['registers']:>4} regs "
+            f"{row['spilled_bytes']:>4} spilled  loop {loop['all']:>5}: ffma {loop['ffma']:>4} "
+            f"({100 * loop['ffma'] / loop['all']:.0f}%) load {loop['load']:>3} "
+            f"convert {loop['convert']:>3} integer {loop['integer']:>4} other {loop['other']:>3}"
+        )
+    if archs == ARCHS:
+        content = {"environment": {"triton": triton.__version__}, "rows": rows}
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

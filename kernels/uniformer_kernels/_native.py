@@ -1,0 +1,113 @@
+"""Builds the C++ and CUDA sources of `csrc/` into shared libraries, each once.
+
+The libraries have a plain C interface and need nothing of PyTorch, so that one compiler call makes
+each and any version of PyTorch loads it. `setup.py` calls this too: it must not import torch.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["BuildError", "compile_library", "cpu_command", "cuda_command", "library"]
+
+log = logging.getLogger("uniformer.kernels")
+
+HERE = Path(__file__).parent
+# Installed, the sources lie in the package; in a checkout, at its root.
+SOURCES = HERE / "csrc" if (HERE / "csrc").is_dir() else HERE.parents[1] / "csrc"
+SOURCE = {"native": "dwconv3d_cpu.cpp", "cuda": "dwconv3d.cu"}
+
+
+class BuildError(RuntimeError):
+    """There is no compiler, or it failed; the text says which."""
+
+
+def cpu_command(compiler: str | None = None) -> list[str]:
+    """The C++ compiler and its flags; `compiler` instead of the usual ones.
+
+    Raises:
+        BuildError: there is none.
+    """
+    names = [compiler] if compiler else ["c++", "g++", "clang++"]
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        raise BuildError(f"there is no C++ compiler ({', '.join(names)}); CXX may name one")
+    return [found, "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"]
+
+
+def cuda_command(home: str | None, arch: str) -> list[str]:
+    """nvcc and its flags for compute capability `arch`, as in "90".
+
+    Raises:
+        BuildError: there is no nvcc.
+    """
+    found = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if found is None:
+        raise BuildError("there is no nvcc on the PATH; CUDA_HOME may say where it is")
+    flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
+    return [found, *flags, "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+
+
+def library(name: str, command: Sequence[str], cache: Path) -> Path:
+    """The library, from the package or from `cache`, built if it is in neither.
+
+    Raises:
+        BuildError: it cannot be built.
+    """
+    packaged = HERE / f"lib{name}.so"
+    if packaged.is_file():
+        return packaged
+    source = SOURCES / SOURCE[name]
+    if not source.is_file():
+        raise BuildError(f"its source is missing: {source}")
+    parts = [source.read_bytes(), *(c.encode() for c in command), _machine().encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    built = cache / f"lib{name}-{key}.so"
+    if not built.is_file():
+        log.info("building %s with %s, once, into %s", source.name, command[0], cache)
+        compile_library(source, command, built)
+    return built
+
+
+def compile_library(source: Path, command: Sequence[str], built: Path) -> None:
+    """Build `built`, whole or not at all: a killed build leaves nothing that is in the way.
+
+    Raises:
+        BuildError: ninja or the compiler is missing or fails; the text ends with its last lines.
+    """
+    try:
+        from ninja import BIN_DIR
+        from ninja.ninja_syntax import Writer
+    except ImportError as error:
+        raise BuildError("ninja is not installed: pip install ninja") from error
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        with (Path(folder) / "build.ninja").open("w") as file:
+            writer = Writer(file)  # type: ignore[arg-type]  # its annotation is wrong
+            quoted = " ".join(f"'{part}'" for part in command)
+            writer.rule("compile", f"{quoted} -o $out $in", description="$in")
+            writer.build(["library"], "compile", [str(source)])
+        done = subprocess.run(
+            [os.path.join(BIN_DIR, "ninja"), "-C", folder, "library"],
+            capture_output=True, text=True, errors="replace",
+        )  # fmt: skip
+        if done.returncode:
+            last = " | ".join(done.stdout.strip().splitlines()[-6:])
+            raise BuildError(f"{command[0]} failed on {source.name}: {last}")
+        os.replace(Path(folder) / "library", built)
+
+
+def _machine() -> str:
+    """What code for this very processor depends on: a home folder may serve several."""
+    flags = ""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {flags}"

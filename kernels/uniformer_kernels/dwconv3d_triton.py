@@ -1,0 +1,295 @@
+"""Triton kernels of `dwconv3d`.
+
+A program slides along W: NW outputs of a row are sums of their own in registers, so that the
+NW + KW - 1 elements it loads of a row of x serve NW * KW products. Its lanes are BLOCK_P tiles by
+BLOCK_C channels. For the gradient of the weight, ROWS x KW sums stay in registers instead, while
+a program walks over its share of all positions; shares are summed in a second stage, in one order.
+
+Shapes: B clips, T frames, H rows, W columns, C channels; kernel KT x KH x KW.
+"""
+
+# mypy: disable-error-code="assignment"
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from uniformer_kernels import _runtime
+
+__all__ = ["bwd_weight", "bwd_weight_config", "fwd", "fwd_config"]
+
+
+# --- Kernels --------------------------------------------------------------------------
+
+
+@triton.jit
+def _dwconv3d_fwd_kernel(
+    X, Weight, Bias, Y,
+    stride_xb, stride_xt, stride_xh,
+    T, H, W, tiles_h, tiles_w, tiles,
+    C: tl.constexpr, STRIDE_XW: tl.constexpr,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    MIRROR: tl.constexpr, RESIDUAL: tl.constexpr,
+    NH: tl.constexpr, NW: tl.constexpr, EVEN_W: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Weight is (KT * KH * KW, C); MIRROR reads its taps from the last to the first."""
+    tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = (c < C)[None, :] | (C % BLOCK_C == 0)
+    tile = tl.program_id(0) // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)
+    w0 = tile % tiles_w * NW
+    h0 = tile // tiles_w % tiles_h * NH
+    bt = tile // tiles_w // tiles_h
+    t, b = bt % T, (bt // T).to(tl.int64)
+    corner = X + (b * stride_xb + w0 * STRIDE_XW)[:, None] + c[None, :]  # (BLOCK_P, BLOCK_C)
+
+    acc = (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),) * (NH * NW)
+    for i in range(KT):
+        from_t = t + i - KT // 2
+        in_t = (from_t >= 0) & (from_t < T) & (tile < tiles)
+        frame = corner + (from_t.to(tl.int64) * stride_xt)[:, None]
+        for r in tl.static_range(NH + KH - 1):
+            from_h = h0 + r - KH // 2
+            mask = (in_t & (from_h >= 0) & (from_h < H))[:, None] & in_c
+            at = frame + (from_h.to(tl.int64) * stride_xh)[:, None]
+            xs = ()
+            for n in tl.static_range(NW + KW - 1):
+                w = (w0 + n - KW // 2)[:, None]
+                inside = mask
+                if n < KW // 2:
+                    inside = inside & (w >= 0)
+                if (n >= NW + KW // 2) or not EVEN_W:
+                    inside = inside & (w < W)
+                x = tl.load(at + (n - KW // 2) * STRIDE_XW, mask=inside, other=0.0)
+                xs = xs + (x.to(tl.float32),)
+            for j in tl.static_range(KH):
+                if (r - j >= 0) and (r - j < NH):
+                    for k in tl.static_range(KW):
+                        tap = (i * KH + j) * KW + k
+                        tap = KT * KH * KW - 1 - tap if MIRROR else tap
+                        weight = tl.load(Weight + tap * C + c[None, :], mask=in_c, other=0.0)
+                        weight = weight.to(tl.float32)
+                        new = ()
+                        for s in tl.static_range(NH * NW):
+                            if s // NW == r - j:
+                                new = new + (acc[s] + xs[s % NW + k] * weight,)
+                            else:
+                                new = new + (acc[s],)
+                        acc = new
+
+    here = corner + (t.to(tl.int64) * stride_xt)[:, None]
+    to = Y + (((bt.to(tl.int64) * H + h0) * W + w0) * C)[:, None] + c[None, :]
+    for s in tl.static_range(NH * NW):
+        h, w = h0 + s // NW, w0 + s % NW
+        mask = ((tile < tiles) & (h < H) & ((w < W) | EVEN_W))[:, None] & in_c
+        y = acc[s]
+        if Bias is not None:
+            y += tl.load(Bias + c[None, :], mask=in_c, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            at = here + (h.to(tl.int64) * stride_xh)[:, None] + s % NW * STRIDE_XW
+            y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(to + (s // NW * W + s % NW) * C, y, mask=mask)
+
+
+@triton.jit
+def _dwconv3d_bwd_weight_kernel(
+    DY, X, Partial,
+    stride_dyb, stride_dyt, stride_dyh,
+    stride_xb, stride_xt, stride_xh,
+    T, H, W, tiles_h, tiles_w, tiles,
+    C: tl.constexpr, STRIDE_DYW: tl.constexpr, STRIDE_XW: tl.constexpr,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ROWS: tl.constexpr,
+    NH: tl.constexpr, NW: tl.constexpr, EVEN_W: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Partial is (splits, KT * KH * KW + 1, C), last the bias; a program does ROWS of KH rows.
+
+    Programs that differ only in what they take of the kernel are neighbours: they share dy and x
+    in the second-level cache.
+    """
+    GROUPS: tl.constexpr = (KH + ROWS - 1) // ROWS
+    i = tl.program_id(0) % KT
+    j0 = tl.program_id(0) // KT % GROUPS * ROWS
+    c = tl.program_id(0) // KT // GROUPS * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = (c < C)[None, :] | (C % BLOCK_C == 0)
+    split = tl.program_id(1)
+
+    acc = (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),) * (ROWS * KW)
+    db = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for first in range(split * BLOCK_P, tiles, tl.num_programs(1) * BLOCK_P):
+        tile = first + tl.arange(0, BLOCK_P)
+        w0 = tile % tiles_w * NW
+        h0 = tile // tiles_w % tiles_h * NH
+        bt = tile // tiles_w // tiles_h
+        t, b = bt % T, (bt // T).to(tl.int64)
+        from_t = t + i - KT // 2
+        in_t = (from_t >= 0) & (from_t < T) & (tile < tiles)
+
+        at = (
+            DY
+            + (b * stride_dyb + t.to(tl.int64) * stride_dyt + h0.to(tl.int64) * stride_dyh)[:, None]
+        )
+        at = at + (w0 * STRIDE_DYW)[:, None] + c[None, :]  # (BLOCK_P, BLOCK_C)
+        dys = ()
+        for s in tl.static_range(NH * NW):
+            h, w = h0 + s // NW, w0 + s % NW
+            mask = ((tile < tiles) & (h < H) & ((w < W) | EVEN_W))[:, None] & in_c
+            dy = tl.load(at + (s // NW * stride_dyh + s % NW * STRIDE_DYW), mask=mask, other=0.0)
+            dy = dy.to(tl.float32)
+            dys = dys + (dy,)
+            db += dy
+
+        frame = X + (b * stride_xb + from_t.to(tl.int64) * stride_xt + w0 * STRIDE_XW)[:, None]
+        frame = frame + c[None, :]
+        for r in tl.static_range(NH + ROWS - 1):
+            from_h = h0 + j0 + r - KH // 2
+            mask = (in_t & (from_h >= 0) & (from_h < H))[:, None] & in_c
+            at = frame + (from_h.to(tl.int64) * stride_xh)[:, None]
+            for n in tl.static_range(NW + KW - 1):
+                w = (w0 + n - KW // 2)[:, None]
+                inside = mask
+                if n < KW // 2:
+                    inside = inside & (w >= 0)
+                if (n >= NW + KW // 2) or not EVEN_W:
+                    inside = inside & (w < W)
+                x = tl.load(at + (n - KW // 2) * STRIDE_XW, mask=inside, other=0.0).to(tl.float32)
+                new = ()
+                for s in tl.static_range(ROWS * KW):
+                    # Of dy's NH x NW run, row r - j and column n - k meet tap (j, k).
+                    if (
+                        (r - s // KW >= 0)
+                        and (r - s // KW < NH)
+                        and (n - s % KW >= 0)
+                        and (n - s % KW < NW)
+                    ):
+                        new = new + (acc[s] + dys[(r - s // KW) * NW + n - s % KW] * x,)
+                    else:
+                        new = new + (acc[s],)
+                acc = new
+
+    out = Partial + split.to(tl.int64) * (KT * KH * KW + 1) * C + c
+    for s in tl.static_range(ROWS * KW):
+        j = j0 + s // KW
+        tap = (i * KH + j) * KW + s % KW
+        tl.store(out + tap * C, tl.sum(acc[s], axis=0), mask=(c < C) & (j < KH))
+    tl.store(out + KT * KH * KW * C, tl.sum(db, axis=0), mask=(c < C) & (i == 0) & (j0 == 0))
+
+
+# --- Launch ---------------------------------------------------------------------------
+
+# 4 tiles x 64 channels on 4 warps: 2 channels a lane. A tile is NH x NW = 4 x 7 outputs, so that a
+# row of x, loaded and converted once, serves up to 4 rows of y. With 4 channels a lane 5x5x5
+# spills; with 1 row a tile two thirds of the instructions are no products, now less than a third.
+# Counted for sm_90 by benchmarks/static_cost.py; not yet timed.
+BLOCK_P, BLOCK_C, WARPS = 4, 64, 4
+SUMS = 25  # of the weight that a program holds in registers
+PROGRAMS_PER_SM = 4
+
+Shape = tuple[int, ...]
+
+
+class Config(NamedTuple):
+    """A launch: how many programs, and the arguments that say how they share the work."""
+
+    grid: Shape
+    arguments: dict[str, int]
+    warps: int
+
+
+def _run_length(W: int) -> int:
+    """Outputs along W that a program holds: 7 divides every width of the network at 224."""
+    if W % 7 == 0:
+        return 7
+    return 8 if W >= 8 else W
+
+
+def _blocks(C: int) -> tuple[int, int]:
+    """BLOCK_P, BLOCK_C: few channels leave lanes for more tiles."""
+    block_c = min(BLOCK_C, max(triton.next_power_of_2(C), 8))
+    return BLOCK_P * BLOCK_C // block_c, block_c
+
+
+def fwd_config(shape: Shape, stride_w: int, kernel: Shape) -> Config:
+    """How `fwd` is launched on x (B, T, H, W, C), whose columns are `stride_w` apart."""
+    B, T, H, W, C = shape
+    NW = _run_length(W)
+    NH = min(4 if kernel[1] <= 5 else 1, H)  # 81 taps x 4 rows would not fit the code cache
+    block_p, block_c = _blocks(C)
+    tiles_h, tiles_w = cdiv(H, NH), cdiv(W, NW)
+    tiles = B * T * tiles_h * tiles_w
+    arguments = {
+        "T": T, "H": H, "W": W, "C": C, "tiles_h": tiles_h, "tiles_w": tiles_w, "tiles": tiles,
+        "STRIDE_XW": stride_w, "KT": kernel[0], "KH": kernel[1], "KW": kernel[2],
+        "NH": NH, "NW": NW, "EVEN_W": W % NW == 0, "BLOCK_P": block_p, "BLOCK_C": block_c,
+    }  # fmt: skip
+    return Config((cdiv(tiles, block_p) * cdiv(C, block_c),), arguments, WARPS)
+
+
+def bwd_weight_config(
+    shape: Shape, stride_dyw: int, stride_xw: int, kernel: Shape, multiprocessors: int
+) -> Config:
+    """How `bwd_weight` is launched on x (B, T, H, W, C); grid (programs, splits)."""
+    B, T, H, W, C = shape
+    KT, KH, KW = kernel
+    NW = _run_length(W)
+    NH = min(4, H)
+    rows = min(KH, max(SUMS // KW, 1))
+    block_p, block_c = _blocks(C)
+    tiles_h, tiles_w = cdiv(H, NH), cdiv(W, NW)
+    tiles = B * T * tiles_h * tiles_w
+    programs = KT * cdiv(KH, rows) * cdiv(C, block_c)
+    splits = max(min(multiprocessors * PROGRAMS_PER_SM // programs, cdiv(tiles, block_p)), 1)
+    arguments = {
+        "T": T, "H": H, "W": W, "C": C, "tiles_h": tiles_h, "tiles_w": tiles_w, "tiles": tiles,
+        "STRIDE_DYW": stride_dyw, "STRIDE_XW": stride_xw, "KT": KT, "KH": KH, "KW": KW,
+        "ROWS": rows, "NH": NH, "NW": NW, "EVEN_W": W % NW == 0,
+        "BLOCK_P": block_p, "BLOCK_C": block_c,
+    }  # fmt: skip
+    return Config((programs, splits), arguments, WARPS)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """(C, 1, kt, kh, kw) -> (taps, C): lanes are channels."""
+    return weight.flatten(1).t().contiguous()
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Channels side by side, other strides as they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool = False
+) -> Tensor:
+    """x (B, T, H, W, C), not empty -> y likewise; `mirror` for the gradient of x, from dy."""
+    x = _readable(x)
+    y = x.new_empty(x.shape)
+    grid, arguments, warps = fwd_config(x.shape, x.stride(3), weight.shape[2:])
+    with _runtime.on_device(x):
+        _dwconv3d_fwd_kernel[grid](
+            x, _packed(weight), bias, y, *x.stride()[:3],
+            **arguments, MIRROR=mirror, RESIDUAL=residual, num_warps=warps,
+        )  # fmt: skip
+    return y
+
+
+def bwd_weight(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Gradients of the weight, and last of the bias, (taps + 1, C) fp32; dy and x not empty."""
+    dy, x = _readable(dy), _readable(x)
+    C, _, *kernel = weight.shape
+    multiprocessors = _runtime.multiprocessors(x)
+    grid, arguments, warps = bwd_weight_config(
+        x.shape, dy.stride(3), x.stride(3), tuple(kernel), multiprocessors
+    )
+    partial = x.new_empty(grid[1], math.prod(kernel) + 1, C, dtype=torch.float32)
+    with _runtime.on_device(x):
+        _dwconv3d_bwd_weight_kernel[grid](
+            dy, x, partial, *dy.stride()[:3], *x.stride()[:3], **arguments, num_warps=warps
+        )
+    return partial.sum(0)
