@@ -1,39 +1,310 @@
+"""Depthwise convolution on every backend: gradients of all orders, layouts, edges, compilers."""
+
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.check import assert_matches
-from uniformer_kernels import dwconv3d
+from uniformer_kernels import _runtime, backend, dwconv3d
+from uniformer_kernels.dwconv3d import _bwd, _fwd, dwconv3d_ref
+
+GPU = torch.cuda.is_available()
+BACKENDS = ["reference", "triton", "cuda"] if GPU else ["reference", "native", "triton"]
+FAST = BACKENDS[:2]  # the interpreter takes seconds
 
 
-def as_ncthw(x, weight, bias):
+@pytest.fixture(params=BACKENDS)
+def chosen(request):
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=FAST)
+def fast(request):
+    with backend(request.param):
+        yield request.param
+
+
+def inputs(shape, kernel, device, dtype=torch.float32, weight_dtype=None):
+    C, weight_dtype = shape[-1], weight_dtype or dtype
+    return [
+        torch.randn(shape, device=device, dtype=dtype),
+        torch.randn(C, 1, *kernel, device=device, dtype=weight_dtype),
+        torch.randn(C, device=device, dtype=weight_dtype),
+    ]
+
+
+def ncthw(x, weight, bias, residual=False):
+    """PyTorch's convolution in its own layout, by another path than the reference's."""
     padding = [k // 2 for k in weight.shape[2:]]
     y = F.conv3d(x.permute(0, 4, 1, 2, 3).contiguous(), weight, bias, 1, padding, 1, x.shape[-1])
-    return y.permute(0, 2, 3, 4, 1)
+    return y.permute(0, 2, 3, 4, 1) + (x if residual else 0)
 
 
-# The DPE; the affinity; unequal edges; a single token; one channel.
-@pytest.mark.parametrize(("shape", "kernel"), [
-    ((2, 4, 6, 5, 8), (3, 3, 3)),
-    ((1, 3, 7, 6, 16), (5, 5, 5)),
-    ((2, 3, 5, 4, 3), (1, 3, 7)),
-    ((1, 1, 1, 1, 4), (9, 9, 9)),
-    ((2, 2, 3, 3, 1), (3, 1, 3)),
+def double(tensors):
+    return [t.double() for t in tensors]
+
+
+# --- Numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "kernel", "residual"), [
+    ((2, 3, 6, 5, 8), (3, 3, 3), True),  # the DPE
+    ((1, 3, 6, 9, 72), (5, 5, 5), False),  # the affinity; C and W past one tile
+    ((1, 2, 5, 7, 3), (1, 3, 7), False),  # unequal edges, W a whole run
+    ((1, 1, 1, 1, 4), (9, 9, 9), True),  # a single token, the largest tube
+    ((2, 2, 3, 3, 1), (3, 1, 3), False),  # one channel
 ], ids=str)  # fmt: skip
+def test_matches_a_grouped_convolution(shape, kernel, residual, device, chosen):
+    def op(*tensors):
+        return dwconv3d(*tensors, residual=residual)
+
+    assert_matches(op, lambda *t: ncthw(*t, residual=residual), inputs(shape, kernel, device))
+
+
+# Tiles of the C++ kernel are 8 x 28 x 64 with 16 channels a block: one more of each.
+@pytest.mark.parametrize("shape", [(1, 9, 3, 2, 8), (2, 1, 29, 5, 17), (1, 2, 3, 65, 33)], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 5, 5), (5, 3, 1), (3, 9, 7), (1, 7, 3)], ids=str)
+def test_tiles_meet_without_a_seam(shape, kernel, device, fast):
+    assert_matches(dwconv3d, dwconv3d_ref, inputs(shape, kernel, device))
+
+
 @pytest.mark.parametrize("residual", [False, True])
-def test_matches_a_grouped_convolution(shape, kernel, residual, device):
-    C = shape[-1]
-    inputs = [torch.randn(s, device=device) for s in (shape, (C, 1, *kernel), (C,))]
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits(dtype, weight_dtype, residual, device, chosen):
+    """The interpreter truncates bf16; see design notes of Triton itself."""
+    if chosen == "triton" and not GPU and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter gets bf16 casts wrong")
 
-    def expected(x, weight, bias):
-        return as_ncthw(x, weight, bias) + (x if residual else 0)
+    def op(*tensors):
+        return dwconv3d(*tensors, residual=residual)
 
-    assert_matches(lambda *a: dwconv3d(*a, residual=residual), expected, inputs)
+    def ref(x, weight, bias):
+        return dwconv3d_ref(x, weight.to(x.dtype), bias.to(x.dtype), residual=residual)
+
+    assert_matches(op, ref, inputs((2, 3, 5, 7, 20), (3, 3, 3), device, dtype, weight_dtype))
 
 
-def test_channels_last_in_and_out_without_a_copy(device):
-    y = dwconv3d(torch.randn(2, 3, 4, 5, 8, device=device), torch.randn(8, 1, 3, 3, 3))
-    assert y.is_contiguous()
+def test_fp64_is_exact(device):
+    x, weight, bias = double(inputs((1, 2, 3, 4, 5), (3, 3, 3), device))
+    torch.testing.assert_close(dwconv3d(x, weight, bias), ncthw(x, weight, bias))
+
+
+def test_the_weight_gradient_does_not_drift(device, fast):
+    """A long sum of equal signs, which a single fp32 sum would get wrong in the last digits."""
+    x = torch.rand(2, 8, 56, 56, 16, device=device)
+    weight = torch.zeros(16, 1, 3, 3, 3, device=device, requires_grad=True)
+    dwconv3d(x, weight).backward(torch.ones_like(x))
+    middle = x.double().sum((0, 1, 2, 3))
+    assert ((weight.grad[:, 0, 1, 1, 1] - middle) / middle).abs().max() < 1e-6
+
+
+def test_gradients_of_gradients(device, chosen):
+    """Through both gradients of both inputs, in fp32 against fp64 by PyTorch."""
+
+    def twice(fn, tensors):
+        x, weight, bias = (t.detach().requires_grad_() for t in tensors)
+        dx, dw, db = torch.autograd.grad(
+            fn(x, weight, bias).sin().sum(), (x, weight, bias), create_graph=True
+        )
+        return torch.autograd.grad((dx**2).sum() + (dw**3).sum() + (db**2).sum(), (x, weight, bias))
+
+    tensors = inputs((1, 2, 3, 4, 8), (3, 3, 3), device)
+    want = twice(lambda *t: ncthw(*t, residual=True), double(tensors))
+    got = twice(lambda *t: dwconv3d(*t, residual=True), tensors)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-4 * float(w.abs().max()))
+
+
+def test_repeats_are_equal_to_the_bit(device, fast):
+    tensors = inputs((2, 3, 30, 20, 40), (5, 5, 5), device)
+    leaves = [t.requires_grad_() for t in tensors]
+    first = torch.autograd.grad(dwconv3d(*leaves).square().sum(), leaves)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # tiles are what is summed, whatever thread has them
+        again = torch.autograd.grad(dwconv3d(*leaves).square().sum(), leaves)
+    finally:
+        torch.set_num_threads(threads)
+    if fast != "reference":
+        assert torch.equal(first[1], again[1])
+        assert torch.equal(first[2], again[2])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in Triton's interpreter
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_spreads_as_far_as_its_tube(bad, device, chosen):
+    x, weight, _ = inputs((1, 5, 9, 9, 8), (3, 3, 3), device)
+    x[0, 2, 4, 4, 3] = bad
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    y = dwconv3d(*leaves)
+    lost = ~torch.isfinite(y)
+    assert lost[0, 1:4, 3:6, 3:6, 3].all()
+    assert lost.sum() == 27
+    y.nan_to_num(0, 0, 0).sum().backward()
+    assert not torch.isfinite(weight.grad[3]).any()
+    assert torch.isfinite(weight.grad[[0, 1, 2, 4, 5, 6, 7]]).all()
+
+
+# --- Memory ---------------------------------------------------------------------------
+
+
+def test_any_strides_come_in(device, chosen):
+    x = torch.randn(2, 8, 3, 6, 7, device=device)
+    weight = torch.randn(8, 1, 3, 3, 3, device=device)
+    want = dwconv3d_ref(x.permute(0, 2, 3, 4, 1), weight)
+    layouts = [
+        x.permute(0, 2, 3, 4, 1),
+        x.contiguous(memory_format=torch.channels_last_3d).permute(0, 2, 3, 4, 1),
+        torch.randn(2, 3, 6, 14, 16, device=device)[:, :, :, ::2, 4:12].copy_(
+            x.permute(0, 2, 3, 4, 1)
+        ),
+    ]
+    for laid in layouts:
+        leaf = laid.detach().requires_grad_()
+        y = dwconv3d(leaf, weight)
+        assert y.is_contiguous()
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+        dy = torch.randn_like(y)
+        (dx,) = torch.autograd.grad(y, leaf, dy)
+        want_dx = dwconv3d_ref(dy, weight.flip(2, 3, 4))
+        torch.testing.assert_close(dx, want_dx, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_without_strides_come_back(device, chosen):
+    """`sum().backward()` sends one number, expanded."""
+    tensors = inputs((1, 2, 3, 7, 8), (3, 3, 3), device)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    truth = [t.double().requires_grad_() for t in tensors]
+    dwconv3d(*leaves).sum().backward()
+    ncthw(*truth).sum().backward()
+    for leaf, want in zip(leaves, truth, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), want.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 8), (2, 0, 3, 4, 8)], ids=str)
+@pytest.mark.parametrize("name", BACKENDS[1:])
+def test_nothing_in_nothing_out(shape, device, name):
+    leaves = [t.requires_grad_() for t in inputs(shape, (3, 3, 3), device)]
+    with backend(name):
+        y = dwconv3d(*leaves)
+        assert y.shape == shape
+        y.sum().backward()
+    assert all(not t.grad.any() for t in leaves)
+
+
+def test_only_wanted_gradients_are_computed(device, fast):
+    x, weight, bias = inputs((1, 2, 3, 4, 8), (3, 3, 3), device)
+    for wanted in ([x], [weight], [bias], [x, bias], [weight, bias]):
+        leaves = [t.requires_grad_() for t in wanted]
+        grads = torch.autograd.grad(dwconv3d(x, weight, bias).sum(), leaves)
+        assert [g.shape for g in grads] == [t.shape for t in wanted]
+        for t in wanted:
+            t.requires_grad_(False)
+
+
+# --- Under PyTorch's transforms -------------------------------------------------------
+
+
+def test_ops_are_well_formed(device, chosen):
+    x, weight, bias = inputs((1, 2, 3, 4, 8), (3, 3, 3), device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    torch.library.opcheck(_fwd, (*leaves, True))
+    torch.library.opcheck(_fwd, (x, weight, None, False))
+    dy = torch.randn_like(x)
+    for wanted in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(_bwd, (dy.requires_grad_(), x, weight, True, *wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_casts_as_for_convolutions(dtype, device, fast):
+    x, weight, bias = inputs((1, 2, 3, 4, 8), (3, 3, 3), device)
+    with torch.autocast(device, dtype):
+        y = dwconv3d(x.requires_grad_(), weight.requires_grad_(), bias)
+        embedded = dwconv3d(x, weight, bias, residual=True)
+    assert y.dtype == dtype
+    assert embedded.dtype == torch.float32  # as x + conv(x) is
+    torch.testing.assert_close(y.float(), dwconv3d_ref(x, weight, bias), rtol=2e-2, atol=1e-1)
+    y.float().sum().backward()
+    assert (x.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float32)
+
+
+def test_compiles_and_exports_whole(device, fast):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(8, 1, 3, 3, 3, device=device))
+
+        def forward(self, x):
+            return dwconv3d(x, self.weight, residual=True)
+
+    layer, x = Layer(), torch.randn(1, 2, 3, 4, 8, device=device)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    assert layer.weight.grad is not None
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+def test_torch_func_runs_in_plain_pytorch_and_says_so(device, fast, caplog, monkeypatch):
+    monkeypatch.setattr(_runtime, "_announced", set())
+    x, weight, bias = inputs((3, 2, 3, 4, 5), (3, 3, 3), device)
+
+    def loss(weight, sample):
+        return dwconv3d(sample.unsqueeze(0), weight, bias, residual=True).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x)
+    for i in range(3):
+        leaf = weight.clone().requires_grad_()
+        (want,) = torch.autograd.grad(loss(leaf, x[i]), leaf)
+        torch.testing.assert_close(grads[i], want, rtol=1e-4, atol=1e-4)
+    assert ("torch.func" in caplog.text) == (fast != "reference")
+
+
+def test_operations_are_counted(device, fast):
+    x, weight, bias = inputs((1, 2, 3, 4, 8), (3, 5, 3), device)
+    with FlopCounterMode(display=False) as counter:
+        dwconv3d(x.requires_grad_(), weight.requires_grad_(), bias).sum().backward()
+    if fast != "reference":  # PyTorch counts its own backward many times over
+        assert counter.get_total_flops() == 3 * 2 * x.numel() * 45
+
+
+# --- Choosing a backend ---------------------------------------------------------------
+
+
+def test_backends_that_cannot_run_say_why(monkeypatch):
+    with pytest.raises(ValueError, match="must be one of auto, reference"):
+        backend("metal").__enter__()
+    monkeypatch.setattr(_runtime, "why_not", lambda name: "it is Sunday")
+    with pytest.raises(RuntimeError, match="'native' cannot run here: it is Sunday"):
+        backend("native").__enter__()
+
+
+def test_a_backend_of_the_other_device_is_refused(device):
+    name = "native" if device == "cuda" else "triton"
+    _runtime.register("test", {"cuda" if name == "triton" else "cpu": (name,)})
+    with backend(name), pytest.raises(ValueError, match=f"'{name}' does not run test on"):
+        _runtime.serving("test", torch.device(device))
+    del _runtime._SERVES["test"]
+
+
+def test_the_slow_path_is_announced_once(monkeypatch, device, caplog):
+    monkeypatch.setattr(_runtime, "why_not", lambda name: f"no {name} today")
+    monkeypatch.setattr(_runtime, "_announced", set())
+    leaves = [t.requires_grad_() for t in inputs((1, 2, 3, 4, 8), (3, 3, 3), device)]
+    for _ in range(2):
+        dwconv3d(*leaves).sum().backward()
+    (record,) = caplog.records
+    assert "plain PyTorch, slower than it could" in record.message
+    assert "today" in record.message
+
+
+# --- Mistakes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("shape", "weight", "bias", "complaint"), [
@@ -46,3 +317,14 @@ def test_channels_last_in_and_out_without_a_copy(device):
 def test_wrong_shapes_are_refused(shape, weight, bias, complaint):
     with pytest.raises(ValueError, match=complaint):
         dwconv3d(torch.zeros(shape), torch.zeros(weight), torch.zeros(bias))
+
+
+@pytest.mark.parametrize(("dtypes", "complaint"), [
+    ((torch.int32, torch.float32), "x must be fp32, fp16, bf16 or fp64, got torch.int32"),
+    ((torch.float32, torch.float16), "weight must be of x's dtype or fp32"),
+    ((torch.float16, torch.bfloat16), "weight must be of x's dtype or fp32"),
+], ids=str)  # fmt: skip
+def test_wrong_dtypes_are_refused(dtypes, complaint):
+    x, weight = torch.zeros(1, 1, 1, 1, 2, dtype=dtypes[0]), torch.zeros(2, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match=complaint):
+        dwconv3d(x, weight.to(dtypes[1]))

@@ -19,7 +19,7 @@ from uniformer_kernels import _native
 
 __all__ = [
     "BACKENDS", "backend", "current_backend", "interpreting", "multiprocessors", "native_library",
-    "on_device", "parallel_for", "register", "report", "serving", "why_not",
+    "on_device", "parallel_for", "register", "report", "serving", "under_torch_func", "why_not",
 ]  # fmt: skip
 
 log = logging.getLogger("uniformer.kernels")
@@ -68,7 +68,7 @@ def backend(name: str) -> Iterator[None]:
 # --- Which implementation serves ------------------------------------------------------
 
 _SERVES: dict[str, Mapping[str, tuple[str, ...]]] = {}
-_announced: set[str] = set()
+_announced: set[tuple[str, str]] = set()
 
 
 def register(op: str, serves: Mapping[str, tuple[str, ...]]) -> None:
@@ -93,9 +93,8 @@ def serving(op: str, device: torch.device) -> str:
             raise RuntimeError(f"backend {asked!r} cannot run here: {why}")
         return asked
     chosen, why = _default(serves, device.type)
-    if why and f"{op} {why}" not in _announced:
-        _announced.add(f"{op} {why}")
-        log.warning("%s on %s runs in plain PyTorch, slower than it could: %s", op, device, why)
+    if why:
+        _announce(op, why)
     return chosen
 
 
@@ -104,6 +103,20 @@ def _default(serves: Mapping[str, tuple[str, ...]], device: str) -> tuple[str, s
     best, *_ = serves.get(device, ("reference",))
     why = why_not(best)
     return ("reference", f"{best} cannot run here: {why}") if why else (best, None)
+
+
+def under_torch_func(op: str) -> bool:
+    """Whether a transform of torch.func is at work, which no custom operator's gradient bears."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    _announce(op, "torch.func bears no custom operators")
+    return True
+
+
+def _announce(op: str, why: str) -> None:
+    if (op, why) not in _announced:
+        _announced.add((op, why))
+        log.warning("%s runs in plain PyTorch, slower than it could: %s", op, why)
 
 
 def report() -> list[tuple[str, str, str, dict[str, str | None]]]:

@@ -65,7 +65,8 @@ def _fwd_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> 
         weight[:, 0, kt // 2, kh // 2, kw // 2] += 1
         residual = False
     bias = None if bias is None else bias.to(dtype)
-    return dwconv3d_ref(x, weight.to(dtype), bias, residual=residual).contiguous()
+    with torch.autocast(x.device.type, enabled=False):  # the caller has chosen the dtypes
+        return dwconv3d_ref(x, weight.to(dtype), bias, residual=residual).contiguous()
 
 
 def _bwd_weight_native(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -198,40 +199,6 @@ _fwd.register_autograd(_fwd_backward, setup_context=_fwd_context)
 _bwd.register_autograd(_bwd_backward, setup_context=_bwd_context)
 
 
-@_fwd.register_vmap
-def _fwd_vmap(info, in_dims, x, weight, bias, residual):
-    """What is mapped over becomes more channels, each of which has its own weight."""
-    N = info.batch_size
-    x, weight, bias = (
-        _as_channels(t, dim, N, axis)
-        for t, dim, axis in zip((x, weight, bias), in_dims[:3], (-1, 0, 0), strict=True)
-    )
-    return _fwd(x, weight, bias, residual).unflatten(-1, (N, -1)), 4
-
-
-@_bwd.register_vmap
-def _bwd_vmap(info, in_dims, dy, x, weight, residual, with_dx, with_dw):
-    N = info.batch_size
-    dy, x, weight = (
-        _as_channels(t, dim, N, axis)
-        for t, dim, axis in zip((dy, x, weight), in_dims[:3], (-1, -1, 0), strict=True)
-    )
-    dx, dw, db = _bwd(dy, x, weight, residual, with_dx, with_dw)
-    if with_dx:
-        dx = dx.unflatten(-1, (N, -1))
-    if with_dw:
-        dw, db = dw.unflatten(0, (N, -1)), db.unflatten(0, (N, -1))
-    return (dx, dw, db), (4 if with_dx else None, *([0, 0] if with_dw else [None, None]))
-
-
-def _as_channels(t: Tensor | None, dim: int | None, N: int, axis: int) -> Tensor | None:
-    """Move the mapped dimension in front of the channels, and flatten the two into one."""
-    if t is None:
-        return None
-    t = t.unsqueeze(0).expand(N, *t.shape) if dim is None else t.movedim(dim, 0)
-    return t.movedim(0, -2).flatten(-2) if axis == -1 else t.flatten(0, 1)
-
-
 @register_flop_formula(torch.ops.uniformer.dwconv3d)
 def _fwd_flops(x_shape, weight_shape, *_, **__):
     return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
@@ -251,8 +218,9 @@ def dwconv3d(
     """Convolve every channel of `x` with its own kernel.
 
     Equivalent to `F.conv3d(x, weight, bias, padding="same", groups=C)` with channels last.
-    Differentiable any number of times, also under `torch.func`. Under autocast x is cast as
-    convolutions are, but not with `residual`, whose sum keeps x's precision, as `x + conv(x)` does.
+    Differentiable any number of times. Under autocast x is cast as convolutions are, but not with
+    `residual`, whose sum keeps x's precision, as `x + conv(x)` does. Under the transforms of
+    `torch.func` (vmap, grad, ...) it runs in plain PyTorch.
 
     Args:
         x: (B, T, H, W, C), fp32, fp16, bf16, or fp64, which runs in plain PyTorch; any strides,
@@ -272,9 +240,9 @@ def dwconv3d(
     if torch.is_autocast_enabled(x.device.type) and not residual and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     plain = _runtime.current_backend() == "reference" or x.device.type not in ("cpu", "cuda")
-    if plain or x.dtype == torch.float64:
+    if plain or x.dtype == torch.float64 or _runtime.under_torch_func("dwconv3d"):
         bias = None if bias is None else bias.to(x.dtype)
-        return dwconv3d_ref(x, weight.to(x.dtype), bias, residual=residual)
+        return dwconv3d_ref(x, weight.to(x.dtype), bias, residual=residual).contiguous()
     return _fwd(x, weight, bias, residual)
 
 
@@ -297,7 +265,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dtype not in (*KERNEL_DTYPES, torch.float64):
         raise ValueError(f"x must be fp32, fp16, bf16 or fp64, got {x.dtype}")
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype not in (x.dtype, torch.float32, weight.dtype):
+        if t is not None and t.dtype not in (x.dtype, torch.float32):
             raise ValueError(f"{name} must be of x's dtype or fp32, got {t.dtype} for x {x.dtype}")
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} must be on x's device, got {t.device} and {x.device}")

@@ -270,6 +270,7 @@ def fwd(
     """x (B, T, H, W, C), not empty -> y likewise; `mirror` for the gradient of x, from dy."""
     x = _readable(x)
     y = x.new_empty(x.shape)
+    bias = None if bias is None else bias.contiguous()
     grid, arguments, warps = fwd_config(x.shape, x.stride(3), weight.shape[2:])
     with _runtime.on_device(x):
         _dwconv3d_fwd_kernel[grid](
