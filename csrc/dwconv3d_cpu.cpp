@@ -3,10 +3,10 @@
 //   dweight[i,j,k,c] = sum_{b,t,h,w} dy[b,t,h,w,c] x[b, t+i-kt/2, h+j-kh/2, w+k-kw/2, c]
 //   dbias[c]         = sum_{b,t,h,w} dy[b,t,h,w,c]
 //
-// Vectors run over channels. A tile of x with its halo, and of dy, is packed to (t, h, w, LANES)
-// in fp32, zeros where there is no x; from then on there are no edges, types and strides. Rows of
-// dy then slide along rows of x: kh x kw sums stay in registers, and WIDE elements of dy meet each
-// element of x that is loaded.
+// Vectors run over channels. A tile walks along t: each frame of x, with its halo, and each of dy
+// is packed to (block of channels, h, w, LANES) in fp32, zeros where there is no x; the last kt
+// frames of x are kept. From then on there are no edges, types and strides. Rows of dy slide along
+// rows of x: kh x kw sums stay in registers, and WIDE elements of dy meet each element of x.
 //
 // Tiles do not depend on the number of threads, each sums on its own, and their sums are added in
 // one order: the result is the same every time.
@@ -14,6 +14,7 @@
 // Plain C++ behind a C interface: it needs no header of PyTorch, whose threads come as a pointer.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -28,12 +29,12 @@ constexpr int SUMS = 25;  // of 32 registers: with 4 of dy and 1 of x that leave
 constexpr int LANES = 8;
 constexpr int SUMS = 10;  // of 16 registers
 #endif
-constexpr int64_t FLUSH = 2;  // rows between additions to the tile's sums: short sums round less
+constexpr int64_t SHORT = 64;  // products before a sum goes to the tile's: short sums round less
 constexpr int WIDE = 4;  // elements of dy a step; 4 of dy and 8 of x serve 20 products a row
 
-// Frames, rows and columns of a tile. Packing costs as much as about 3 taps, half of it for the
-// halo; larger tiles leave the second-level cache.
-constexpr int64_t TILE_T = 8, TILE_H = 28, TILE_W = 64;
+// Blocks of channels, frames, rows and columns of a tile. Packing took longer than the sums when
+// one block was packed at a time: it touched all lines of memory for a quarter of each.
+constexpr int64_t BLOCKS = 4, TILE_T = 16, TILE_H = 14, TILE_W = 64;
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
@@ -61,33 +62,35 @@ typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Body b
 
 // --- Packing ---------------------------------------------------------------------------
 
-// Box of `source` from (t, h, w) on, `size` large, channels c to c + LANES -> `out`; zeros outside.
+// Rectangle of frame t of `source` from (h, w) on, `size` large, `blocks` blocks of channels from c
+// on -> `out` (blocks, h, w, LANES); zeros outside.
 template <typename scalar>
-void pack(const Tensor& source, const Shape& shape, Shape at, Shape size, float* out) {
-  const scalar* data = static_cast<const scalar*>(source.data);
+void pack(
+    const Tensor& source, const Shape& shape, Shape at, Shape size, int64_t blocks, float* out) {
   const int64_t* stride = source.stride;
-  const int64_t lanes = std::min<int64_t>(LANES, shape.c - at.c);
-  for (int64_t t = at.t; t < at.t + size.t; ++t)
-    for (int64_t h = at.h; h < at.h + size.h; ++h) {
-      const bool inside = t >= 0 && t < shape.t && h >= 0 && h < shape.h;
-      const int64_t first = inside ? std::clamp<int64_t>(-at.w, 0, size.w) : size.w;
-      const int64_t last = inside ? std::clamp<int64_t>(shape.w - at.w, first, size.w) : size.w;
-      std::fill(out, out + first * LANES, 0.0f);
-      const scalar* row = inside ? data + at.b * stride[0] + t * stride[1] + h * stride[2] +
-                                       (at.w + first) * stride[3] + at.c * stride[4]
-                                 : data;
-      for (int64_t w = first; w < last; ++w, row += stride[3]) {
-        float* pixel = out + w * LANES;
-        if (lanes == LANES && stride[4] == 1) {
-          for (int l = 0; l < LANES; ++l) pixel[l] = float(row[l]);
-        } else {
-          for (int64_t l = 0; l < LANES; ++l)
-            pixel[l] = l < lanes ? float(row[l * stride[4]]) : 0.0f;
-        }
+  const scalar* frame = static_cast<const scalar*>(source.data) + at.b * stride[0] +
+                        at.t * stride[1] + at.c * stride[4];
+  const int64_t plane = size.h * size.w * LANES, channels = shape.c - at.c;
+  const int64_t full = stride[4] == 1 ? std::min(blocks, channels / LANES) : 0;
+  for (int64_t h = at.h; h < at.h + size.h; ++h) {
+    const bool inside = h >= 0 && h < shape.h;
+    for (int64_t w = at.w; w < at.w + size.w; ++w, out += LANES) {
+      if (!inside || w < 0 || w >= shape.w) {
+        for (int64_t block = 0; block < blocks; ++block)
+          std::fill_n(out + block * plane, LANES, 0.0f);
+        continue;
       }
-      std::fill(out + last * LANES, out + size.w * LANES, 0.0f);
-      out += size.w * LANES;
+      const scalar* pixel = frame + h * stride[2] + w * stride[3];
+      for (int64_t block = 0; block < full; ++block)
+        for (int l = 0; l < LANES; ++l)
+          out[block * plane + l] = float(pixel[block * LANES + l]);
+      for (int64_t block = full; block < blocks; ++block)
+        for (int64_t l = 0; l < LANES; ++l) {
+          const int64_t c = block * LANES + l;
+          out[block * plane + l] = c < channels ? float(pixel[c * stride[4]]) : 0.0f;
+        }
     }
+  }
 }
 
 // --- Sums ------------------------------------------------------------------------------
@@ -125,9 +128,10 @@ inline __attribute__((always_inline)) void step(
 template <int ROWS, int KW>
 void plane(
     const float* x, int64_t x_row, const float* dy, int64_t height, int64_t width, float* dw) {
+  const int64_t rows = std::max<int64_t>(SHORT / width, 1);
   for (int64_t h = 0; h < height;) {
     vec sum[ROWS][KW] = {};
-    for (const int64_t end = std::min(h + FLUSH, height); h < end; ++h) {
+    for (const int64_t end = std::min(h + rows, height); h < end; ++h) {
       const float *xs = x + h * x_row, *ds = dy + h * width * LANES;
       int64_t w = 0;
       for (; w + WIDE <= width; w += WIDE)
@@ -169,60 +173,71 @@ struct Job {
   Shape shape;
   int64_t kt, kh, kw;
   int dtype;
-  Shape tiles;    // how many along each axis; of c, blocks of LANES channels
-  float* sums;    // (tiles, taps + 1, LANES): of the weight, and last of the bias
-  bool failed;
+  Shape tiles;    // how many along each axis; of c, groups of BLOCKS blocks
+  int64_t blocks;  // of LANES channels, in all
+  float* sums;    // (tiles.b, .t, .h, .w, blocks, taps + 1, LANES): weights, and last the bias
+  std::atomic<bool> failed;
 };
 
 template <typename scalar>
-void tile(const Job& job, int64_t index, std::vector<float>& scratch) {
-  const Shape& n = job.tiles;
+void tile(Job& job, int64_t index, std::vector<float>& scratch) {
+  const Shape &n = job.tiles, &shape = job.shape;
+  const int64_t group = index % n.c, place = index / n.c;
+  int64_t rest = place;
   Shape at;
-  int64_t rest = index;
-  at.c = rest % n.c * LANES, rest /= n.c;
   at.w = rest % n.w * TILE_W, rest /= n.w;
   at.h = rest % n.h * TILE_H, rest /= n.h;
   at.t = rest % n.t * TILE_T, rest /= n.t;
   at.b = rest;
+  at.c = group * BLOCKS * LANES;
+  const int64_t blocks = std::min(BLOCKS, job.blocks - group * BLOCKS);
+  const int64_t end = std::min(at.t + TILE_T, shape.t);
 
-  Shape size = {1, std::min(TILE_T, job.shape.t - at.t), std::min(TILE_H, job.shape.h - at.h),
-                std::min(TILE_W, job.shape.w - at.w), LANES};
-  Shape with_halo = {1, size.t + job.kt - 1, size.h + job.kh - 1, size.w + job.kw - 1, LANES};
-  Shape corner = {at.b, at.t - job.kt / 2, at.h - job.kh / 2, at.w - job.kw / 2, at.c};
-  const int64_t pixels = size.t * size.h * size.w;
+  const Shape size = {1, 1, std::min(TILE_H, shape.h - at.h), std::min(TILE_W, shape.w - at.w), 0};
+  const Shape with_halo = {1, 1, size.h + job.kh - 1, size.w + job.kw - 1, 0};
   const int64_t x_row = with_halo.w * LANES, x_plane = with_halo.h * x_row;
-  scratch.resize(with_halo.t * x_plane + pixels * LANES);
-  float *x = scratch.data(), *dy = x + with_halo.t * x_plane;
-  pack<scalar>(job.x, job.shape, corner, with_halo, x);
-  pack<scalar>(job.dy, job.shape, at, size, dy);
+  const int64_t x_frame = blocks * x_plane, dy_plane = size.h * size.w * LANES;
+  const size_t needed = job.kt * x_frame + blocks * dy_plane;
+  if (scratch.size() < needed) scratch.resize(needed);
+  float *x = scratch.data(), *dy = x + job.kt * x_frame;
 
-  const int64_t slice = job.kh * job.kw * LANES;
-  float* out = job.sums + index * (job.kt * slice + LANES);
-  for (int64_t t = 0; t < size.t; ++t)
-    for (int64_t i = 0; i < job.kt; ++i) {
-      const int64_t frame = corner.t + t + i;
-      if (frame < 0 || frame >= job.shape.t) continue;
-      const float *xs = x + (t + i) * x_plane, *ds = dy + t * size.h * size.w * LANES;
-      float* to = out + i * slice;
-      switch (job.kw) {
-        case 1: planes<1>(job.kh, xs, x_row, ds, size.h, size.w, to); break;
-        case 3: planes<3>(job.kh, xs, x_row, ds, size.h, size.w, to); break;
-        case 5: planes<5>(job.kh, xs, x_row, ds, size.h, size.w, to); break;
-        case 7: planes<7>(job.kh, xs, x_row, ds, size.h, size.w, to); break;
-        case 9: planes<9>(job.kh, xs, x_row, ds, size.h, size.w, to); break;
+  const int64_t slice = job.kh * job.kw * LANES, slab = job.kt * slice + LANES;
+  float* out = job.sums + (place * job.blocks + group * BLOCKS) * slab;
+  int64_t packed = std::max<int64_t>(at.t - job.kt / 2, 0);
+  for (int64_t t = at.t; t < end; ++t) {
+    const int64_t first = t - job.kt / 2, last = std::min(first + job.kt, shape.t);
+    for (; packed < last; ++packed) {
+      const Shape corner = {at.b, packed, at.h - job.kh / 2, at.w - job.kw / 2, at.c};
+      pack<scalar>(job.x, shape, corner, with_halo, blocks, x + packed % job.kt * x_frame);
+    }
+    pack<scalar>(job.dy, shape, {at.b, t, at.h, at.w, at.c}, size, blocks, dy);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float* ds = dy + block * dy_plane;
+      for (int64_t frame = std::max<int64_t>(first, 0); frame < last; ++frame) {
+        const float* xs = x + frame % job.kt * x_frame + block * x_plane;
+        float* to = out + block * slab + (frame - first) * slice;
+        switch (job.kw) {
+          case 1: planes<1>(job.kh, xs, x_row, ds, size.h, size.w, to); break;
+          case 3: planes<3>(job.kh, xs, x_row, ds, size.h, size.w, to); break;
+          case 5: planes<5>(job.kh, xs, x_row, ds, size.h, size.w, to); break;
+          case 7: planes<7>(job.kh, xs, x_row, ds, size.h, size.w, to); break;
+          case 9: planes<9>(job.kh, xs, x_row, ds, size.h, size.w, to); break;
+        }
+      }
+      for (int64_t h = 0; h < size.h; ++h) {
+        vec sum = {};
+        for (int64_t w = 0; w < size.w; ++w) sum += load(ds + (h * size.w + w) * LANES);
+        add(out + (block + 1) * slab - LANES, sum);
       }
     }
-  for (int64_t row = 0; row < size.t * size.h; ++row) {
-    vec sum = {};
-    for (int64_t w = 0; w < size.w; ++w) sum += load(dy + (row * size.w + w) * LANES);
-    add(out + job.kt * slice, sum);
   }
 }
 
 void run(int64_t begin, int64_t end, void* context) {
   Job& job = *static_cast<Job*>(context);
+  // Kept from call to call: fresh pages cost as much as packing. At most a few MB a thread.
+  static thread_local std::vector<float> scratch;
   try {
-    std::vector<float> scratch;
     for (int64_t i = begin; i < end; ++i) switch (job.dtype) {
         case 0: tile<float>(job, i, scratch); break;
         case 1: tile<_Float16>(job, i, scratch); break;
@@ -247,19 +262,20 @@ extern "C" int32_t uniformer_dwconv3d_bwd_weight(
   const int64_t kt = kernel[0], kh = kernel[1], kw = kernel[2], taps = kt * kh * kw;
   if (dtype < 0 || dtype > 2 || kw % 2 == 0 || kw > 9) return 2;
   const Shape size = {shape[0], shape[1], shape[2], shape[3], shape[4]};
+  const int64_t blocks = tiles_of(size.c, LANES), slab = (taps + 1) * LANES;
   const Shape tiles = {size.b, tiles_of(size.t, TILE_T), tiles_of(size.h, TILE_H),
-                       tiles_of(size.w, TILE_W), tiles_of(size.c, LANES)};
-  const int64_t count = tiles.b * tiles.t * tiles.h * tiles.w * tiles.c;
-  const int64_t slab = (taps + 1) * LANES;
+                       tiles_of(size.w, TILE_W), tiles_of(blocks, BLOCKS)};
+  const int64_t places = tiles.b * tiles.t * tiles.h * tiles.w;
   try {
-    std::vector<float> sums(count * slab, 0.0f);
-    Job job = {{x, stride_x}, {dy, stride_dy}, size, kt, kh, kw, dtype, tiles, sums.data(), false};
-    if (parallel_for(0, count, 1, run, &job) != 0 || job.failed) return 1;
+    std::vector<float> sums(places * blocks * slab, 0.0f);
+    Job job = {{x, stride_x}, {dy, stride_dy}, size, kt, kh, kw, dtype, tiles, blocks,
+               sums.data(), {false}};
+    if (parallel_for(0, places * tiles.c, 1, run, &job) != 0 || job.failed) return 1;
     for (int64_t c = 0; c < size.c; ++c)
       for (int64_t tap = 0; tap <= taps; ++tap) {
         double sum = 0;
-        for (int64_t i = c / LANES; i < count; i += tiles.c)
-          sum += sums[i * slab + tap * LANES + c % LANES];
+        for (int64_t place = 0; place < places; ++place)
+          sum += sums[(place * blocks + c / LANES) * slab + tap * LANES + c % LANES];
         grads[tap * size.c + c] = float(sum);
       }
   } catch (const std::bad_alloc&) {

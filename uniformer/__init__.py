@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from uniformer.checkpoint import save_checkpoint as save_checkpoint
     from uniformer.configs import InputConfig as InputConfig
     from uniformer.configs import UniFormerConfig as UniFormerConfig
+    from uniformer.depthwise import DepthwiseConv3d as DepthwiseConv3d
+    from uniformer.depthwise import kernelize as kernelize
     from uniformer.factory import create_model as create_model
     from uniformer.factory import list_models as list_models
     from uniformer.factory import load_model as load_model
@@ -21,10 +23,12 @@ __version__ = "0.1.0"
 # Names are found on first use: the processes that decode video need none of them, nor torch.
 _HOME = {
     "CheckpointError": "checkpoint",
+    "DepthwiseConv3d": "depthwise",
     "InputConfig": "configs",
     "UniFormer": "model",
     "UniFormerConfig": "configs",
     "create_model": "factory",
+    "kernelize": "depthwise",
     "list_models": "factory",
     "list_pretrained": "pretrained",
     "load_model": "factory",

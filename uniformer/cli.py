@@ -37,6 +37,7 @@ COMMANDS = {
     "predict": Command("predict", "PredictConfig", "say what a video shows", "videos", "+"),
     "scan": Command("scan", "ScanConfig", "find videos that cannot be read", "data"),
     "info": Command("info", "InfoConfig", "parameters and multiply-adds", "name", "?"),
+    "doctor": Command("doctor", "DoctorConfig", "which kernels run here, and why"),
 }
 
 

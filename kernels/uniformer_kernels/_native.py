@@ -62,7 +62,7 @@ def library(name: str, command: Sequence[str], cache: Path) -> Path:
         BuildError: it cannot be built.
     """
     packaged = HERE / f"lib{name}.so"
-    if packaged.is_file():
+    if packaged.is_file() and SOURCES.parent == HERE:  # in a checkout sources change
         return packaged
     source = SOURCES / SOURCE[name]
     if not source.is_file():

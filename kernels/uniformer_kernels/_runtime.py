@@ -18,8 +18,9 @@ import torch
 from uniformer_kernels import _native
 
 __all__ = [
-    "BACKENDS", "backend", "current_backend", "interpreting", "multiprocessors", "native_library",
-    "on_device", "parallel_for", "register", "report", "serving", "under_torch_func", "why_not",
+    "BACKENDS", "announce", "backend", "current_backend", "interpreting", "multiprocessors",
+    "native_library", "on_device", "parallel_for", "register", "report", "serving",
+    "under_torch_func", "why_not",
 ]  # fmt: skip
 
 log = logging.getLogger("uniformer.kernels")
@@ -94,7 +95,7 @@ def serving(op: str, device: torch.device) -> str:
         return asked
     chosen, why = _default(serves, device.type)
     if why:
-        _announce(op, why)
+        announce(f"{op} runs in plain PyTorch, slower than it could", why)
     return chosen
 
 
@@ -109,14 +110,17 @@ def under_torch_func(op: str) -> bool:
     """Whether a transform of torch.func is at work, which no custom operator's gradient bears."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
-    _announce(op, "torch.func bears no custom operators")
+    announce(
+        f"{op} runs in plain PyTorch, slower than it could", "torch.func bears no custom operators"
+    )
     return True
 
 
-def _announce(op: str, why: str) -> None:
-    if (op, why) not in _announced:
-        _announced.add((op, why))
-        log.warning("%s runs in plain PyTorch, slower than it could: %s", op, why)
+def announce(what: str, why: str) -> None:
+    """Log once that something runs otherwise than asked for or expected."""
+    if (what, why) not in _announced:
+        _announced.add((what, why))
+        log.warning("%s: %s", what, why)
 
 
 def report() -> list[tuple[str, str, str, dict[str, str | None]]]:

@@ -9,9 +9,12 @@ Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 4 and 7.
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniformer_kernels._runtime import current_backend
+from uniformer_kernels._runtime import register, serving
 
 __all__ = ["attention", "attention_ref"]
+
+
+register("attention", {"cpu": ("sdpa",), "cuda": ("sdpa",)})  # PyTorch's
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +61,7 @@ def attention(
         raise ValueError(
             f"qkv must be (B, N, 3*h*d) with h = {num_heads} heads, got shape {tuple(qkv.shape)}"
         )
-    if current_backend() == "reference":
+    if serving("attention", qkv.device) == "reference":
         return attention_ref(qkv, num_heads, scale, dropout)
     q, k, v = _split(qkv, num_heads)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)

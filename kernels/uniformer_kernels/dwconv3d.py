@@ -13,21 +13,19 @@ Shapes: B clips, T frames, H rows, W columns, C channels; activations are (B, T,
 Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 6 and 8.
 """
 
-import ctypes
 import math
-from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from uniformer_kernels import _runtime
+from uniformer_kernels import _runtime, dwconv3d_native
 
-__all__ = ["dwconv3d", "dwconv3d_ref"]
+__all__ = ["MAX_KERNEL", "dwconv3d", "dwconv3d_ref"]
 
 MAX_KERNEL = 9  # the largest tube size of the paper's ablation
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _runtime.register("dwconv3d", {"cuda": ("triton", "cuda"), "cpu": ("native", "triton")})
 
@@ -53,11 +51,8 @@ def _bwd_ref(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[
     )  # fmt: skip
 
 
-# --- CPU ------------------------------------------------------------------------------
-
-
-def _fwd_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    """PyTorch's channels-last forward is near the machine's peak already."""
+def _fwd_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+    """PyTorch's channels-last forward, on a CPU near the machine's peak already."""
     dtype = x.dtype
     if residual and dtype == torch.float32:  # x itself as one more weight of the middle tap
         weight = weight.clone()
@@ -65,30 +60,10 @@ def _fwd_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> 
         weight[:, 0, kt // 2, kh // 2, kw // 2] += 1
         residual = False
     bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):  # the caller has chosen the dtypes
+    if not torch.is_autocast_enabled(x.device.type):
         return dwconv3d_ref(x, weight.to(dtype), bias, residual=residual).contiguous()
-
-
-def _bwd_weight_native(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Gradients of the weight and, last, of the bias: (taps + 1, C) fp32."""
-    C, _, *kernel = weight.shape
-    grads = x.new_empty(math.prod(kernel) + 1, C, dtype=torch.float32)
-    library, why = _runtime.native_library("native")
-    if library is None:
-        raise RuntimeError(f"backend 'native' cannot run here: {why}")
-    code = library.uniformer_dwconv3d_bwd_weight(
-        ctypes.c_void_p(x.data_ptr()), _int64s(x.stride()),
-        ctypes.c_void_p(dy.data_ptr()), _int64s(dy.stride()),
-        _int64s(x.shape), _int64s(kernel), ctypes.c_int32(KERNEL_DTYPES.index(x.dtype)),
-        ctypes.c_void_p(grads.data_ptr()), _runtime.parallel_for(),
-    )  # fmt: skip
-    if code:
-        raise MemoryError(f"no memory for the gradient of a {tuple(weight.shape)} weight")
-    return grads
-
-
-def _int64s(values: Sequence[int]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(values))(*values)
+    with torch.autocast(x.device.type, enabled=False):  # the caller has chosen the dtypes
+        return _fwd_pytorch(x, weight, bias, residual)
 
 
 # --- Ops: shapes, dispatch, autograd --------------------------------------------------
@@ -97,14 +72,29 @@ def _int64s(values: Sequence[int]) -> ctypes.Array:
 @torch.library.custom_op("uniformer::dwconv3d", mutates_args=())
 def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
     """x (B, T, H, W, C), weight (C, 1, kt, kh, kw), bias (C,) -> y (B, T, H, W, C), contiguous."""
-    served_by = _runtime.serving("dwconv3d", x.device)
+    served_by = _served_by(x, weight)
     if x.numel() == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return x.new_empty(x.shape)
     if served_by == "triton":
-        from uniformer_kernels import dwconv3d_triton
+        return _triton().fwd(x, weight, bias, residual)
+    if served_by == "cuda":
+        return dwconv3d_native.fwd_cuda(x, weight, bias, residual)
+    return _fwd_pytorch(x, weight, bias, residual)
 
-        return dwconv3d_triton.fwd(x, weight, bias, residual)
-    return _fwd_cpu(x, weight, bias, residual)
+
+def _served_by(x: Tensor, weight: Tensor) -> str:
+    served_by = _runtime.serving("dwconv3d", x.device)
+    if served_by == "cuda" and (why := dwconv3d_native.why_not_cuda(x.shape, weight.shape[2:])):
+        _runtime.announce("dwconv3d runs in Triton", why)
+        return "triton"
+    return served_by
+
+
+def _triton() -> ModuleType:
+    """Its kernels, where they are first needed: not every machine has Triton."""
+    from uniformer_kernels import dwconv3d_triton
+
+    return dwconv3d_triton
 
 
 @_fwd.register_fake
@@ -120,23 +110,26 @@ def _bwd(
 
     Those that are not wanted come with no elements.
     """
-    served_by = _runtime.serving("dwconv3d", x.device)
+    served_by = _served_by(x, weight)
     dx, dw, db = _bwd_fake(dy, x, weight, residual, with_dx, with_dw)
     grads = None  # of weight and bias, (taps + 1, C)
     if dy.numel() == 0:
         return dx, dw.zero_(), db.zero_()
     if served_by == "triton":
-        from uniformer_kernels import dwconv3d_triton
-
         if with_dx:
-            dx = dwconv3d_triton.fwd(dy, weight, None, residual, mirror=True)
+            dx = _triton().fwd(dy, weight, None, residual, mirror=True)
         if with_dw:
-            grads = dwconv3d_triton.bwd_weight(dy, x, weight)
+            grads = _triton().bwd_weight(dy, x, weight)
+    elif served_by == "cuda":
+        if with_dx:
+            dx = dwconv3d_native.fwd_cuda(dy, weight, None, residual, mirror=True)
+        if with_dw:
+            grads = dwconv3d_native.bwd_weight_cuda(dy, x, weight)
     elif served_by == "native":
         if with_dx:
-            dx = _fwd_cpu(dy, weight.flip(2, 3, 4), None, residual)
+            dx = _fwd_pytorch(dy, weight.flip(2, 3, 4), None, residual)
         if with_dw:
-            grads = _bwd_weight_native(dy, x, weight)
+            grads = dwconv3d_native.bwd_weight_cpu(dy, x, weight)
     else:
         weight_ = weight.to(x.dtype)
         dx_, dw_, db_ = _bwd_ref(dy, x, weight_, [with_dx, with_dw, with_dw])
@@ -243,7 +236,17 @@ def dwconv3d(
     if plain or x.dtype == torch.float64 or _runtime.under_torch_func("dwconv3d"):
         bias = None if bias is None else bias.to(x.dtype)
         return dwconv3d_ref(x, weight.to(x.dtype), bias, residual=residual).contiguous()
+    if x.device.type == "cpu" and x.numel() and not _needs_op(x, weight, bias):
+        return _fwd_pytorch(x, weight, bias, residual)
     return _fwd(x, weight, bias, residual)
+
+
+def _needs_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether more than PyTorch's own forward is wanted: an operator costs 70 us a call."""
+    if torch.compiler.is_compiling() or _runtime.current_backend() == "triton":
+        return True
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -262,7 +265,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.shape != (C,):
         raise ValueError(f"bias must be ({C},), got {tuple(bias.shape)}")
-    if x.dtype not in (*KERNEL_DTYPES, torch.float64):
+    if x.dtype not in (*dwconv3d_native.DTYPES, torch.float64):
         raise ValueError(f"x must be fp32, fp16, bf16 or fp64, got {x.dtype}")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype not in (x.dtype, torch.float32):

@@ -1,0 +1,103 @@
+"""Fast depthwise convolutions for any network: X3D, CSN, MViT's pooling, your own."""
+
+import logging
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from uniformer_kernels import MAX_KERNEL, dwconv3d
+
+__all__ = ["DepthwiseConv3d", "KernelizeReport", "kernelize"]
+
+log = logging.getLogger(__name__)
+_announced: set[str] = set()
+
+
+class DepthwiseConv3d(nn.Conv3d):
+    """`nn.Conv3d` whose forward and backward are this library's, where it is depthwise.
+
+    Constructor, parameters, state_dict, input and output are those of `nn.Conv3d`. The kernels
+    serve groups = in_channels = out_channels, stride 1, dilation 1, zero padding to the same size,
+    and odd kernels of at most 9; any other convolution runs as `nn.Conv3d` does, and the log says
+    why, once. Fastest on channels_last_3d tensors, which are taken as they are.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, C, T, H, W) or (C, T, H, W) -> the same shape, in channels_last_3d memory."""
+        if why := why_not(self):
+            if why not in _announced:
+                _announced.add(why)
+                log.warning("a DepthwiseConv3d runs as nn.Conv3d: %s", why)
+            return super().forward(input)
+        if input.ndim == 4:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        if input.ndim != 5:
+            raise ValueError(f"the input must be (B, C, T, H, W), got shape {tuple(input.shape)}")
+        y = dwconv3d(input.permute(0, 2, 3, 4, 1), self.weight, self.bias)
+        return y.permute(0, 4, 1, 2, 3)
+
+
+@dataclass
+class KernelizeReport:
+    """What `kernelize` did.
+
+    Attributes:
+        replaced: names of the convolutions that now run on the kernels.
+        left: why each of the other grouped convolutions does not.
+    """
+
+    replaced: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} depthwise convolutions run on the kernels"]
+        lines += [f"  left {name}: {why}" for name, why in self.left.items()]
+        return "\n".join(lines)
+
+
+def kernelize(model: nn.Module) -> KernelizeReport:
+    """Let every depthwise `nn.Conv3d` of a model run on this library's kernels, in place.
+
+    Parameters stay the same objects, so that optimizers, hooks and state_dicts keep working.
+
+    Args:
+        model: any module; it may be a convolution itself.
+
+    Returns:
+        What was replaced, and why each other grouped convolution was not.
+    """
+    report = KernelizeReport()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv3d) or module.groups == 1:
+            continue
+        name = name or "the model itself"
+        if type(module) is not nn.Conv3d:
+            if not isinstance(module, DepthwiseConv3d):
+                report.left[name] = f"it is a {type(module).__name__}, with a forward of its own"
+        elif why := why_not(module):
+            report.left[name] = why
+        else:
+            module.__class__ = DepthwiseConv3d
+            report.replaced.append(name)
+    return report
+
+
+def why_not(conv: nn.Conv3d) -> str | None:
+    """Why the kernels do not serve a convolution, or None."""
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        return (
+            f"{conv.in_channels} channels in, {conv.out_channels} out and {conv.groups} groups: "
+            f"not one filter for each channel"
+        )
+    if any(k % 2 == 0 or k > MAX_KERNEL for k in conv.kernel_size):
+        return f"kernel {conv.kernel_size}: not odd and at most {MAX_KERNEL}"
+    if any(s != 1 for s in conv.stride):
+        return f"stride {conv.stride}: not 1"
+    if any(d != 1 for d in conv.dilation):
+        return f"dilation {conv.dilation}: not 1"
+    same = tuple(k // 2 for k in conv.kernel_size)
+    if conv.padding not in ("same", same):
+        return f"padding {conv.padding}: not {same}, which keeps the size"
+    if conv.padding_mode != "zeros":
+        return f"padding mode {conv.padding_mode!r}: not 'zeros'"
+    return None
