@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check bench clean
 
 help:
 	@echo "make demo    train UniFormer on real mp4 files, test it, look at it (runs/demo)"
 	@echo "make test    lint, types, tests"
+	@echo "make bench   time the kernels beside PyTorch's (benchmarks/results)"
 	@echo "make check   lint and types alone"
 	@echo "make setup   fill $(VENV); the others do this first"
 
@@ -30,6 +31,11 @@ check: setup
 
 test: check
 	$(BIN)/pytest
+
+bench: setup
+	$(BIN)/pytest -q benchmarks/bench_dwconv3d.py --benchmark-json=benchmarks/results/dwconv3d_cpu.json
+	$(BIN)/pytest -q benchmarks/bench_step.py --benchmark-json=benchmarks/results/step_cpu.json
+	$(BIN)/python -m benchmarks.ratios benchmarks/results/dwconv3d_cpu.json benchmarks/results/step_cpu.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -26,8 +26,9 @@ STAGES = ((64, 8, 56, 56), (128, 8, 28, 28), (320, 8, 14, 14), (512, 8, 7, 7))
 KERNELS = {3: STAGES, 5: STAGES[:2]}  # the DPE everywhere, the affinity in the local stages
 
 # Machine instructions by what they are for; "integer" is all else: addresses, predicates, zeros.
+PRODUCTS = {"FFMA": 1, "FHFMA": 1, "FFMA2": 2}  # the latter two are sm_100's
 KINDS = {
-    "ffma": r"FFMA|FMUL|FADD",
+    "ffma": r"FFMA|FHFMA|FMUL|FADD",
     "load": r"LDG",
     "store": r"STG",
     "shared": r"LDS|STS|BAR",
@@ -91,9 +92,8 @@ def compile_for(arch: int, kernel: Any, arguments: dict[str, Any], warps: int) -
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
     usage, sass = _disassemble(compiled.asm["cubin"])
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spilled_bytes": int(re.search(r"LOCAL:(\d+)", usage)[1])
-        + int(re.search(r"STACK:(\d+)", usage)[1]),
+        "registers": usage["REG"],
+        "spilled_bytes": usage["LOCAL"] + usage["STACK"],
         "shared_bytes": compiled.metadata.shared,
         "warps": warps,
         "instructions": len(sass),
@@ -101,7 +101,7 @@ def compile_for(arch: int, kernel: Any, arguments: dict[str, Any], warps: int) -
     }
 
 
-def _disassemble(cubin: bytes) -> tuple[str, list[tuple[int, str]]]:
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str]]]:
     """What cuobjdump says of resources, and (address, instruction)."""
     import triton
 
@@ -116,7 +116,8 @@ def _disassemble(cubin: bytes) -> tuple[str, list[tuple[int, str]]]:
             for flag in ("--dump-resource-usage", "-sass")
         )
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)
-    return usage, [(int(address, 16), instruction.strip()) for address, instruction in found]
+    resources = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}
+    return resources, [(int(address, 16), instruction.strip()) for address, instruction in found]
 
 
 def _main_loop(sass: list[tuple[int, str]]) -> list[str]:
@@ -133,18 +134,23 @@ def _main_loop(sass: list[tuple[int, str]]) -> list[str]:
 
 def _mix(instructions: list[str]) -> dict[str, int]:
     counts: Counter[str] = Counter()
+    products = 0
     for instruction in instructions:
         opcode = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
         kind = next((k for k, pattern in KINDS.items() if re.match(pattern, opcode)), "integer")
         counts[kind] += 1
-    return {"all": len(instructions)} | {k: counts[k] for k in (*KINDS, "integer")}
+        products += PRODUCTS.get(opcode.partition(".")[0], 0)
+    return {"all": len(instructions), "products": products} | {
+        k: counts[k] for k in (*KINDS, "integer")
+    }
 
 
-def report(archs: tuple[int, ...] = ARCHS) -> list[dict[str, Any]]:
-    """A row for each kernel, shape and architecture."""
+def report(archs: tuple[int, ...] = ARCHS, match: str = "") -> list[dict[str, Any]]:
+    """A row for each kernel and shape whose label contains `match`, and architecture."""
     return [
         {"kernel": label, "arch": f"sm_{arch}"} | compile_for(arch, kernel, arguments, warps)
         for label, kernel, arguments, warps in cases()
+        if match in label
         for arch in archs
     ]
 
@@ -160,8 +166,9 @@ def main() -> None:
         loop = row["loop"]
         print(
             f"{row['kernel']:<48}{row['arch']:<8}{row['registers']:>4} regs "
-            f"{row['spilled_bytes']:>4} spilled  loop {loop['all']:>5}: ffma {loop['ffma']:>4} "
-            f"({100 * loop['ffma'] / loop['all']:.0f}%) load {loop['load']:>3} "
+            f"{row['spilled_bytes']:>4} spilled  loop {loop['all']:>5}: products "
+            f"{loop['products']:>4} ({loop['all'] / loop['products']:.2f} instructions each) "
+            f"load {loop['load']:>3} "
             f"convert {loop['convert']:>3} integer {loop['integer']:>4}"
         )
     if archs == ARCHS:
