@@ -56,6 +56,21 @@ def check(fn, tensors, dy, provider):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[3]}x{c[3]}x{c[3]} C={c[0]} {c[2]}")
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_dwconv3d(benchmark, direction, case, dtype, provider):
+    compare(benchmark, direction, case, dtype, provider)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_backward_on_one_thread(benchmark, provider):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        compare(benchmark, "backward", CASES[0], torch.float32, provider)
+    finally:
+        torch.set_num_threads(threads)
+    benchmark.group += ", one thread"
+
+
+def compare(benchmark, direction, case, dtype, provider):
     C, T, H, k = case
     benchmark.group = f"{direction} {k}x{k}x{k} C={C} {T}x{H}x{H} {str(dtype)[6:]}"
     fn, tensors, dy = arguments(case, dtype, provider)

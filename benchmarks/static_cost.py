@@ -47,7 +47,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
             shape, label = (B, T, H, W, C), f"{k}x{k}x{k} C={C} {T}x{H}x{W} bf16"
             strides = (T * H * W * C, H * W * C, W * C, C)
             config = op.fwd_config(shape, C, (k, k, k))
-            pointers = {"X": "bf16", "Weight": "fp32", "Bias": "fp32", "Y": "bf16"}
+            pointers = {"X": "bf16", "Weight": "fp32", "Bias": "fp32", "Y": "bf16", "Stats": None}
             residual = k == 3
             yield (
                 f"dwconv3d_fwd {label}",
@@ -76,10 +76,14 @@ def compile_for(arch: int, kernel: Any, arguments: dict[str, Any], warps: int) -
     from triton.compiler import ASTSource
 
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
-    signature, values, attributes = {}, {}, {}
+    signature: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    attributes: dict[tuple[int], list] = {}
     for i, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        if isinstance(value, str):
+        if value is None:
+            signature[name], values[name] = "constexpr", None
+        elif isinstance(value, str):
             signature[name], attributes[(i,)] = f"*{value}", [["tt.divisibility", 16]]
         elif name in constexprs or value == 1:  # as a launch specialises
             signature[name], values[name] = "constexpr", value

@@ -150,6 +150,17 @@ def test_what_is_no_number_spreads_as_far_as_its_tube(bad, device, chosen):
     assert torch.isfinite(weight.grad[[0, 1, 2, 4, 5, 6, 7]]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_statistics_of_the_output_come_with_it(dtype, device):
+    """As stored: of the rounded values, which are what the BatchNorm after it reads."""
+    triton = pytest.importorskip("uniformer_kernels.dwconv3d_triton")
+    x, weight, bias = inputs((2, 3, 5, 9, 72), (3, 3, 3), device, dtype)
+    y, stats = triton.fwd_with_stats(x, weight, bias, True)
+    assert torch.equal(y, triton.fwd(x, weight, bias, True))
+    want = torch.stack([y.double().sum((0, 1, 2, 3)), y.double().square().sum((0, 1, 2, 3))])
+    torch.testing.assert_close(stats.double(), want, rtol=1e-5, atol=1e-3)
+
+
 # --- Memory ---------------------------------------------------------------------------
 
 

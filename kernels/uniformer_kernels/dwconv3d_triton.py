@@ -21,7 +21,7 @@ from triton import cdiv
 
 from uniformer_kernels import _runtime
 
-__all__ = ["bwd_weight", "bwd_weight_config", "fwd", "fwd_config"]
+__all__ = ["bwd_weight", "bwd_weight_config", "fwd", "fwd_config", "fwd_with_stats"]
 
 
 # --- Kernels --------------------------------------------------------------------------
@@ -29,7 +29,7 @@ __all__ = ["bwd_weight", "bwd_weight_config", "fwd", "fwd_config"]
 
 @triton.jit
 def _dwconv3d_fwd_kernel(
-    X, Weight, Bias, Y,
+    X, Weight, Bias, Y, Stats,
     stride_xb, stride_xt, stride_xh,
     T, H, W, tiles_h, tiles_w, tiles,
     C: tl.constexpr, STRIDE_XW: tl.constexpr,
@@ -38,7 +38,11 @@ def _dwconv3d_fwd_kernel(
     NH: tl.constexpr, NW: tl.constexpr, EVEN_W: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Weight is (KT * KH * KW, C); MIRROR reads its taps from the last to the first."""
+    """Weight is (KT * KH * KW, C); MIRROR reads its taps from the last to the first.
+
+    Stats, where there are some, is (programs of a block of channels, 2, C): the sum of this
+    program's outputs, as they are stored, and of their squares.
+    """
     tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = (c < C)[None, :] | (C % BLOCK_C == 0)
@@ -85,6 +89,8 @@ def _dwconv3d_fwd_kernel(
 
     here = corner + (t.to(tl.int64) * stride_xt)[:, None]
     to = Y + (((bt.to(tl.int64) * H + h0) * W + w0) * C)[:, None] + c[None, :]
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for s in tl.static_range(NH * NW):
         h, w = h0 + s // NW, w0 + s % NW
         mask = ((tile < tiles) & (h < H) & ((w < W) | EVEN_W))[:, None] & in_c
@@ -94,7 +100,16 @@ def _dwconv3d_fwd_kernel(
         if RESIDUAL:
             at = here + (h.to(tl.int64) * stride_xh)[:, None] + s % NW * STRIDE_XW
             y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        y = y.to(Y.dtype.element_ty)
         tl.store(to + (s // NW * W + s % NW) * C, y, mask=mask)
+        if Stats is not None:
+            y = tl.where(mask, y.to(tl.float32), 0.0)
+            total += y
+            squares += y * y
+    if Stats is not None:
+        stats = Stats + tl.program_id(0).to(tl.int64) // tiles_c * 2 * C + c
+        tl.store(stats, tl.sum(total, axis=0), mask=c < C)
+        tl.store(stats + C, tl.sum(squares, axis=0), mask=c < C)
 
 
 @triton.jit
@@ -268,16 +283,37 @@ def fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool = False
 ) -> Tensor:
     """x (B, T, H, W, C), not empty -> y likewise; `mirror` for the gradient of x, from dy."""
+    return _fwd(x, weight, bias, residual, mirror, with_stats=False)[0]
+
+
+def fwd_with_stats(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool
+) -> tuple[Tensor, Tensor]:
+    """y as of `fwd`, and (2, C) fp32: the sum of each channel of y, and of its squares.
+
+    It is what the BatchNorm after it needs, without a pass of its own over y.
+    """
+    y, stats = _fwd(x, weight, bias, residual, mirror=False, with_stats=True)
+    assert stats is not None
+    return y, stats.sum(0)
+
+
+def _fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool, with_stats: bool
+) -> tuple[Tensor, Tensor | None]:
     x = _readable(x)
     y = x.new_empty(x.shape)
     bias = None if bias is None else bias.contiguous()
     grid, arguments, warps = fwd_config(x.shape, x.stride(3), weight.shape[2:])
+    C = x.shape[-1]
+    programs = grid[0] // cdiv(C, arguments["BLOCK_C"])
+    stats = x.new_empty(programs, 2, C, dtype=torch.float32) if with_stats else None
     with _runtime.on_device(x):
         _dwconv3d_fwd_kernel[grid](
-            x, _packed(weight), bias, y, *x.stride()[:3],
+            x, _packed(weight), bias, y, stats, *x.stride()[:3],
             **arguments, MIRROR=mirror, RESIDUAL=residual, num_warps=warps,
         )  # fmt: skip
-    return y
+    return y, stats
 
 
 def bwd_weight(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
