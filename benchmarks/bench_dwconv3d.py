@@ -17,7 +17,8 @@ CASES = [
     (64, 8, 56, 5), (128, 8, 28, 5),
     (64, 8, 56, 3), (128, 8, 28, 3), (320, 8, 14, 3), (512, 8, 7, 3),
 ]  # fmt: skip
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = torch.cuda.is_available()
+DEVICE, BATCH = ("cuda", 32) if GPU else ("cpu", 1)
 PROVIDERS = ["PyTorch NCTHW", "PyTorch channels_last_3d", "uniformer"]
 
 
@@ -25,7 +26,7 @@ def arguments(case, dtype, provider):
     """x and dy in the layout of the provider, and its function."""
     C, T, H, k = case
     torch.manual_seed(0)
-    shape = (1, T, H, H, C)
+    shape = (BATCH, T, H, H, C)
     x, dy = (torch.randn(shape, device=DEVICE, dtype=dtype) for _ in range(2))
     weight = torch.randn(C, 1, k, k, k, device=DEVICE, dtype=dtype)
     bias = torch.randn(C, device=DEVICE, dtype=dtype)
@@ -72,14 +73,24 @@ def test_backward_on_one_thread(benchmark, provider):
 
 def compare(benchmark, direction, case, dtype, provider):
     C, T, H, k = case
-    benchmark.group = f"{direction} {k}x{k}x{k} C={C} {T}x{H}x{H} {str(dtype)[6:]}"
+    benchmark.group = f"{direction} B={BATCH} {k}x{k}x{k} C={C} {T}x{H}x{H} {str(dtype)[6:]}"
     fn, tensors, dy = arguments(case, dtype, provider)
     check(fn, tensors, dy, provider)
     if direction == "forward":
-        benchmark.pedantic(fn, tensors, rounds=30, warmup_rounds=3)
+        benchmark.pedantic(finished(fn), tensors, rounds=30, warmup_rounds=3)
         return
     leaves = [t.detach().requires_grad_() for t in tensors]
     y = fn(*leaves)
-    benchmark.pedantic(
-        lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True), rounds=8, warmup_rounds=1
-    )
+    backward = finished(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
+    benchmark.pedantic(backward, rounds=8, warmup_rounds=1)
+
+
+def finished(fn):
+    """A call that returns when the device is done with it."""
+
+    def run(*tensors):
+        fn(*tensors)
+        if GPU:
+            torch.cuda.synchronize()
+
+    return run

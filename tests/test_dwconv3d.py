@@ -186,6 +186,20 @@ def test_any_strides_come_in(device, chosen):
         torch.testing.assert_close(dx, want_dx, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(GPU, reason="the sparse file is the CPU's memory")
+def test_addresses_beyond_31_bits(tmp_path, chosen):
+    """Two clips 2^31 elements apart, in a file that is all hole but for them."""
+    apart = 2**31
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=apart + 4096)
+    x = memory.as_strided((2, 1, 2, 3, 8), (apart, 48, 24, 8, 1)).copy_(torch.randn(2, 1, 2, 3, 8))
+    weight = torch.randn(8, 1, 3, 3, 3, requires_grad=True)
+    dy = torch.randn(2, 1, 2, 3, 8)
+    far, near = dwconv3d(x, weight), dwconv3d(x.clone(), weight)
+    assert torch.equal(far, near)
+    grads = [torch.autograd.grad(y, weight, dy)[0] for y in (far, near)]
+    assert torch.equal(*grads)
+
+
 def test_gradients_without_strides_come_back(device, chosen):
     """`sum().backward()` sends one number, expanded."""
     tensors = inputs((1, 2, 3, 7, 8), (3, 3, 3), device)
