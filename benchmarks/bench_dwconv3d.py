@@ -65,10 +65,9 @@ def test_backward_on_one_thread(benchmark, provider):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        compare(benchmark, "backward", CASES[0], torch.float32, provider)
+        compare(benchmark, "backward on one thread", CASES[0], torch.float32, provider)
     finally:
         torch.set_num_threads(threads)
-    benchmark.group += ", one thread"
 
 
 def compare(benchmark, direction, case, dtype, provider):

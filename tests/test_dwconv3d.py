@@ -1,6 +1,9 @@
 """Depthwise convolution on every backend: gradients of all orders, layouts, edges, compilers."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -327,6 +330,26 @@ def test_the_slow_path_is_announced_once(monkeypatch, device, caplog):
     (record,) = caplog.records
     assert "plain PyTorch, slower than it could" in record.message
     assert "today" in record.message
+
+
+def test_everything_works_where_triton_is_not_installed():
+    """As on macOS and Windows."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, uniformer, uniformer_kernels
+model = uniformer.create_model("uniformer_nano", 3)
+model(torch.randn(2, 3, 2, 32, 32)).sum().backward()
+try:
+    uniformer_kernels.backend("triton").__enter__()
+except RuntimeError as error:
+    assert "triton is not installed" in str(error)
+    print("fine")
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == "fine\n", done.stderr
 
 
 # --- Mistakes -------------------------------------------------------------------------

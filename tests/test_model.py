@@ -1,5 +1,6 @@
 """The network: the official numbers, the paper's switches, and timm's habits."""
 
+import copy
 from dataclasses import replace
 from itertools import product
 
@@ -247,6 +248,22 @@ def test_drop_path_grows_linearly_from_0():
 
 def _stages(model: UniFormer) -> list[nn.ModuleList]:
     return [model.blocks1, model.blocks2, model.blocks3, model.blocks4]
+
+
+# --- Kernels --------------------------------------------------------------------------
+
+
+def test_kernels_change_no_number_of_the_network():
+    """Training in fp32 on the kernels of this device, against PyTorch's convolutions in fp64."""
+    model, x = tiny(dims=(16, 32, 32, 32), head_dim=16).train(), torch.randn(2, 3, 4, 64, 64)
+    truth = copy.deepcopy(model).double()
+    y, want = model(x), truth(x.double())
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5)
+    y.square().sum().backward()
+    want.square().sum().backward()
+    for (name, p), t in zip(model.named_parameters(), truth.parameters(), strict=True):
+        error = (p.grad.double() - t.grad).norm() / t.grad.norm().clamp_min(1e-3)
+        assert error < 1e-3, f"{name}: {error:.1e}"
 
 
 # --- Compilers ------------------------------------------------------------------------
