@@ -215,7 +215,7 @@ def test_gradients_without_strides_come_back(device, chosen):
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4, 8), (2, 0, 3, 4, 8)], ids=str)
-@pytest.mark.parametrize("name", BACKENDS[1:])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_nothing_in_nothing_out(shape, device, name):
     leaves = [t.requires_grad_() for t in inputs(shape, (3, 3, 3), device)]
     with backend(name):
@@ -319,6 +319,26 @@ def test_a_backend_of_the_other_device_is_refused(device):
     with backend(name), pytest.raises(ValueError, match=f"'{name}' does not run test on"):
         _runtime.serving("test", torch.device(device))
     del _runtime._SERVES["test"]
+
+
+@pytest.mark.skipif(GPU, reason="there the backend runs")
+def test_an_impossible_backend_is_refused_with_and_without_gradients(monkeypatch, capsys):
+    monkeypatch.setattr(_runtime, "_current", "cuda")  # as UNIFORMER_BACKEND sets it
+    x, weight, _ = inputs((1, 2, 3, 4, 8), (3, 3, 3), "cpu")
+    for needs in (False, True):
+        with pytest.raises(ValueError, match="'cuda' does not run dwconv3d on cpu"):
+            dwconv3d(x, weight.requires_grad_(needs))
+    rows = {op: served_by for op, _, served_by, _ in _runtime.report()}
+    assert rows["dwconv3d"].startswith("nothing: backend 'cuda' does not run")
+
+
+@pytest.mark.parametrize("name", FAST[1:])
+def test_one_channel_of_sixteen_bits_is_right(device, name):
+    """PyTorch's own convolution was seen to return uninitialised memory here."""
+    x, weight, bias = inputs((2, 1, 7, 7, 1), (5, 5, 5), device, torch.bfloat16)
+    want = ncthw(*double([x, weight, bias]))
+    with backend(name):
+        torch.testing.assert_close(dwconv3d(x, weight, bias).double(), want, rtol=2e-2, atol=2e-2)
 
 
 def test_the_slow_path_is_announced_once(monkeypatch, device, caplog):

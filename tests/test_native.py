@@ -1,5 +1,6 @@
 """The native libraries: built once, whole or not at all, and errors that name the compiler."""
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -30,7 +31,36 @@ def test_a_library_is_built_once_and_again_when_its_source_changes(source, tmp_p
     source.write_text(SOURCE.replace("42", "43"))
     second = _native.library("test", command, cache)
     assert second != first
-    assert sorted(p.name for p in cache.iterdir()) == sorted([first.name, second.name])
+    assert sorted(p.name for p in cache.iterdir()) == sorted(
+        [first.name, second.name, first.stem + ".sha256", second.stem + ".sha256"]
+    )
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(5000)], ids=["empty", "zeros"])
+def test_a_damaged_library_is_built_again(source, tmp_path, damage):
+    built = _native.library("test", _native.cpu_command(), tmp_path / "cache")
+    built.write_bytes(damage)
+    again = _native.library("test", _native.cpu_command(), tmp_path / "cache")
+    assert ctypes.CDLL(str(again)).answer() == 42
+
+
+def test_a_compiler_may_come_with_arguments(source, tmp_path):
+    command = _native.cpu_command("c++ -O1")
+    assert command[:2] == ["c++", "-O1"]
+    assert _native.library("test", command, tmp_path / "cache").is_file()
+    with pytest.raises(_native.BuildError, match="wrote no library"):
+        _native.library("test", ["true"], tmp_path / "cache")
+
+
+def test_no_home_folder_is_a_reason_and_no_crash(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    library, why = _runtime.native_library.__wrapped__("native")
+    assert library is None
+    assert "home directory" in why
 
 
 def test_a_failing_compiler_is_quoted(source, tmp_path):

@@ -3,7 +3,9 @@
 import logging
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from uniformer_kernels import MAX_KERNEL, dwconv3d
 
@@ -19,22 +21,33 @@ class DepthwiseConv3d(nn.Conv3d):
     Constructor, parameters, state_dict, input and output are those of `nn.Conv3d`. The kernels
     serve groups = in_channels = out_channels, stride 1, dilation 1, zero padding to the same size,
     and odd kernels of at most 9; any other convolution runs as `nn.Conv3d` does, and the log says
-    why, once. Fastest on channels_last_3d tensors, which are taken as they are.
+    why, once. Fastest on channels_last_3d tensors, which are taken and given as they are; those in
+    NCTHW memory are copied twice. Scripted and traced by torch.jit it is PyTorch's convolution;
+    torch.fx must be told that it is a leaf.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (B, C, T, H, W) or (C, T, H, W) -> the same shape, in channels_last_3d memory."""
-        if why := why_not(self):
-            if why not in _announced:
+        """input (B, C, T, H, W) or (C, T, H, W) -> the same shape and memory format."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(input, self.weight, self.bias)
+        else:  # without this `else` TorchScript would read on
+            return self._on_kernels(input)
+
+    @torch.jit.unused
+    def _on_kernels(self, input: Tensor) -> Tensor:
+        why = why_not(self)
+        if why or torch.jit.is_tracing():
+            if why and not torch.compiler.is_compiling() and why not in _announced:
                 _announced.add(why)
                 log.warning("a DepthwiseConv3d runs as nn.Conv3d: %s", why)
-            return super().forward(input)
+            return self._conv_forward(input, self.weight, self.bias)
         if input.ndim == 4:
-            return self.forward(input.unsqueeze(0)).squeeze(0)
+            return self._on_kernels(input.unsqueeze(0)).squeeze(0)
         if input.ndim != 5:
             raise ValueError(f"the input must be (B, C, T, H, W), got shape {tuple(input.shape)}")
-        y = dwconv3d(input.permute(0, 2, 3, 4, 1), self.weight, self.bias)
-        return y.permute(0, 4, 1, 2, 3)
+        y = dwconv3d(input.permute(0, 2, 3, 4, 1), self.weight, self.bias).permute(0, 4, 1, 2, 3)
+        last = input.is_contiguous(memory_format=torch.channels_last_3d)
+        return y if last else y.contiguous()
 
 
 @dataclass
@@ -58,7 +71,9 @@ class KernelizeReport:
 def kernelize(model: nn.Module) -> KernelizeReport:
     """Let every depthwise `nn.Conv3d` of a model run on this library's kernels, in place.
 
-    Parameters stay the same objects, so that optimizers, hooks and state_dicts keep working.
+    Parameters stay the same objects, so that optimizers, hooks and state_dicts keep working. The
+    kernels work on channels-last memory: `model.to(memory_format=torch.channels_last_3d)` and a
+    clip likewise spare every convolution two copies.
 
     Args:
         model: any module; it may be a convolution itself.
@@ -71,7 +86,9 @@ def kernelize(model: nn.Module) -> KernelizeReport:
         if not isinstance(module, nn.Conv3d) or module.groups == 1:
             continue
         name = name or "the model itself"
-        if type(module) is not nn.Conv3d:
+        if is_parametrized(module) and type_before_parametrizations(module) is nn.Conv3d:
+            report.left[name] = "it is parametrized: kernelize first, then parametrize"
+        elif type(module) is not nn.Conv3d:
             if not isinstance(module, DepthwiseConv3d):
                 report.left[name] = f"it is a {type(module).__name__}, with a forward of its own"
         elif why := why_not(module):
@@ -89,6 +106,8 @@ def why_not(conv: nn.Conv3d) -> str | None:
             f"{conv.in_channels} channels in, {conv.out_channels} out and {conv.groups} groups: "
             f"not one filter for each channel"
         )
+    if conv.weight.is_complex():
+        return f"weights of {conv.weight.dtype}: not real"
     if any(k % 2 == 0 or k > MAX_KERNEL for k in conv.kernel_size):
         return f"kernel {conv.kernel_size}: not odd and at most {MAX_KERNEL}"
     if any(s != 1 for s in conv.stride):

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,11 +36,12 @@ def cpu_command(compiler: str | None = None) -> list[str]:
     Raises:
         BuildError: there is none.
     """
-    names = [compiler] if compiler else ["c++", "g++", "clang++"]
-    found = next(filter(None, map(shutil.which, names)), None)
+    names = [shlex.split(compiler)] if compiler else [["c++"], ["g++"], ["clang++"]]
+    found = next((name for name in names if shutil.which(name[0])), None)
     if found is None:
-        raise BuildError(f"there is no C++ compiler ({', '.join(names)}); CXX may name one")
-    return [found, "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"]
+        tried = ", ".join(" ".join(name) for name in names)
+        raise BuildError(f"there is no C++ compiler ({tried}); CXX may name one")
+    return [*found, "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"]
 
 
 def cuda_command(home: str | None, arch: str) -> list[str]:
@@ -70,10 +72,22 @@ def library(name: str, command: Sequence[str], cache: Path) -> Path:
     parts = [source.read_bytes(), *(c.encode() for c in command), _machine().encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     built = cache / f"lib{name}-{key}.so"
-    if not built.is_file():
+    if not _is_whole(built):
         log.info("building %s with %s, once, into %s", source.name, command[0], cache)
         compile_library(source, command, built)
     return built
+
+
+def _is_whole(built: Path) -> bool:
+    """Whether a library is as it was built: loading half of one would end the process."""
+    digest = _digest_of(built)
+    if not (built.is_file() and digest.is_file()):
+        return False
+    return digest.read_text() == hashlib.sha256(built.read_bytes()).hexdigest()
+
+
+def _digest_of(built: Path) -> Path:
+    return built.with_suffix(".sha256")
 
 
 def compile_library(source: Path, command: Sequence[str], built: Path) -> None:
@@ -101,7 +115,13 @@ def compile_library(source: Path, command: Sequence[str], built: Path) -> None:
         if done.returncode:
             last = " | ".join(done.stdout.strip().splitlines()[-6:])
             raise BuildError(f"{command[0]} failed on {source.name}: {last}")
-        os.replace(Path(folder) / "library", built)
+        made = Path(folder) / "library"
+        if not made.is_file():
+            raise BuildError(f"{command[0]} succeeded on {source.name} but wrote no library")
+        digest = Path(folder) / "digest"
+        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        os.replace(digest, _digest_of(built))
+        os.replace(made, built)
 
 
 def _machine() -> str:

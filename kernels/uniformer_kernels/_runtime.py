@@ -25,6 +25,7 @@ __all__ = [
 
 log = logging.getLogger("uniformer.kernels")
 
+SYMBOL = {"native": "uniformer_dwconv3d_bwd_weight", "cuda": "uniformer_dwconv3d_fwd_cuda"}
 BACKENDS = ("auto", "reference", "triton", "cuda", "native")
 
 
@@ -34,7 +35,7 @@ def _checked(name: str) -> str:
     return name
 
 
-_current = _checked(os.environ.get("UNIFORMER_BACKEND", "auto"))
+_current = _checked(os.environ.get("UNIFORMER_BACKEND") or "auto")
 
 
 def current_backend() -> str:
@@ -126,11 +127,15 @@ def announce(what: str, why: str) -> None:
 def report() -> list[tuple[str, str, str, dict[str, str | None]]]:
     """For `uniformer doctor`: operator, device, what serves it, and why each other cannot run."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return [
-        (op, d, serving(op, torch.device(d)), {name: why_not(name) for name in serves.get(d, ())})
-        for op, serves in sorted(_SERVES.items())
-        for d in devices
-    ]
+    rows = []
+    for op, serves in sorted(_SERVES.items()):
+        for device in devices:
+            try:
+                served_by = serving(op, torch.device(device))
+            except (ValueError, RuntimeError) as error:
+                served_by = f"nothing: {error}"
+            rows.append((op, device, served_by, {n: why_not(n) for n in serves.get(device, ())}))
+    return rows
 
 
 def why_not(name: str) -> str | None:
@@ -192,8 +197,10 @@ def native_library(name: str) -> tuple[ctypes.CDLL | None, str | None]:
         else:
             command = _native.cpu_command(os.environ.get("CXX"))
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uniformer"
-        return ctypes.CDLL(str(_native.library(name, command, cache))), None
-    except (_native.BuildError, OSError) as error:
+        library = ctypes.CDLL(str(_native.library(name, command, cache)))
+        getattr(library, SYMBOL[name])
+        return library, None
+    except (RuntimeError, OSError, AttributeError) as error:  # no home folder is a RuntimeError
         return None, str(error)
 
 

@@ -54,6 +54,8 @@ def _bwd_ref(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[
 def _fwd_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
     """PyTorch's channels-last forward, on a CPU near the machine's peak already."""
     dtype = x.dtype
+    if x.shape[-1] == 1 and dtype != torch.float32:  # there it was seen to return what lay around
+        return _fwd_pytorch(x.float(), weight, bias, residual).to(dtype)
     if residual and dtype == torch.float32:  # x itself as one more weight of the middle tap
         weight = weight.clone()
         kt, kh, kw = weight.shape[2:]
@@ -152,8 +154,7 @@ def _bwd_fake(dy, x, weight, residual, with_dx, with_dw):
 
 
 def _fwd_context(ctx, inputs, output):
-    x, weight, bias, ctx.residual = inputs
-    ctx.with_bias = bias is not None
+    x, weight, _, ctx.residual = inputs
     ctx.save_for_backward(x, weight)
 
 
@@ -226,14 +227,17 @@ def dwconv3d(
         (B, T, H, W, C), contiguous, in `x`'s dtype.
 
     Raises:
-        ValueError: a shape or dtype is not as above.
+        ValueError: a shape or dtype is not as above, or the backend that was asked for does not
+            run on x's device.
         RuntimeError: the backend that was asked for cannot run here.
     """
     _check(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type) and not residual and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    plain = _runtime.current_backend() == "reference" or x.device.type not in ("cpu", "cuda")
-    if plain or x.dtype == torch.float64 or _runtime.under_torch_func("dwconv3d"):
+    device = x.device.type
+    known = device in ("cpu", "cuda")
+    if known and torch.is_autocast_enabled(device) and not residual and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    plain = not known or x.dtype == torch.float64 or _runtime.current_backend() == "reference"
+    if x.numel() and (plain or _runtime.under_torch_func("dwconv3d")):
         bias = None if bias is None else bias.to(x.dtype)
         return dwconv3d_ref(x, weight.to(x.dtype), bias, residual=residual).contiguous()
     if x.device.type == "cpu" and x.numel() and not _needs_op(x, weight, bias):
@@ -243,7 +247,7 @@ def dwconv3d(
 
 def _needs_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether more than PyTorch's own forward is wanted: an operator costs 70 us a call."""
-    if torch.compiler.is_compiling() or _runtime.current_backend() == "triton":
+    if torch.compiler.is_compiling() or _runtime.current_backend() not in ("auto", "native"):
         return True
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
