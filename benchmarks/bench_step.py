@@ -1,14 +1,12 @@
 """A training step of UniFormer-S, 16 x 224 x 224, by where its depthwise convolutions run."""
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import uniformer.layers as layers
 from uniformer import create_model
-from uniformer_kernels import backend
+from uniformer_kernels.dwconv3d import dwconv3d, dwconv3d_ref
 
 
 def ncthw(x, weight, bias=None, *, residual=False):
@@ -19,12 +17,17 @@ def ncthw(x, weight, bias=None, *, residual=False):
     return x + y if residual else y
 
 
-@pytest.mark.parametrize("provider", ["PyTorch NCTHW", "PyTorch channels_last_3d", "uniformer"])
+PROVIDERS = {
+    "PyTorch NCTHW": ncthw,
+    "PyTorch channels_last_3d": dwconv3d_ref,
+    "uniformer": dwconv3d,
+}
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 def test_training_step(benchmark, provider, monkeypatch):
     benchmark.group = "training step of uniformer_small, 1 x 16 x 224 x 224, fp32"
-    if provider == "PyTorch NCTHW":
-        monkeypatch.setattr(layers, "dwconv3d", ncthw)
-    elsewhere = provider == "PyTorch channels_last_3d"
+    monkeypatch.setattr(layers, "dwconv3d", PROVIDERS[provider])
     torch.manual_seed(0)
     model = create_model("uniformer_small", drop_path_rate=0.0)
     clip, label = torch.randn(1, 3, 16, 224, 224), torch.tensor([0])
@@ -33,15 +36,4 @@ def test_training_step(benchmark, provider, monkeypatch):
         F.cross_entropy(model(clip), label).backward()
         model.zero_grad()
 
-    with backend("reference") if elsewhere else contextlib.nullcontext():
-        # "reference" would also write out attention's N x N affinity: only convolutions differ.
-        if elsewhere:
-            monkeypatch.setattr(layers, "attention", sdpa)
-        benchmark.pedantic(step, rounds=5, warmup_rounds=1)
-
-
-def sdpa(qkv, num_heads, scale=None, dropout=0.0):
-    """The attention of the default path, whatever the backend."""
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-    return out.transpose(1, 2).flatten(2)
+    benchmark.pedantic(step, rounds=5, warmup_rounds=1)

@@ -38,9 +38,10 @@ def dwconv3d_ref(
 ) -> Tensor:
     """`dwconv3d` in plain PyTorch; the permuted view is channels_last_3d, so nothing is copied."""
     padding = [k // 2 for k in weight.shape[2:]]
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, padding=padding, groups=x.shape[-1])
     y = y.permute(0, 2, 3, 4, 1)
-    return x + y if residual else y
+    return (x + y if residual else y).contiguous()
 
 
 def _bwd_ref(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
@@ -61,9 +62,8 @@ def _fwd_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool)
         kt, kh, kw = weight.shape[2:]
         weight[:, 0, kt // 2, kh // 2, kw // 2] += 1
         residual = False
-    bias = None if bias is None else bias.to(dtype)
     if not torch.is_autocast_enabled(x.device.type):
-        return dwconv3d_ref(x, weight.to(dtype), bias, residual=residual).contiguous()
+        return dwconv3d_ref(x, weight, bias, residual=residual)
     with torch.autocast(x.device.type, enabled=False):  # the caller has chosen the dtypes
         return _fwd_pytorch(x, weight, bias, residual)
 
@@ -238,8 +238,7 @@ def dwconv3d(
         x = x.to(torch.get_autocast_dtype(device))
     plain = not known or x.dtype == torch.float64 or _runtime.current_backend() == "reference"
     if x.numel() and (plain or _runtime.under_torch_func("dwconv3d")):
-        bias = None if bias is None else bias.to(x.dtype)
-        return dwconv3d_ref(x, weight.to(x.dtype), bias, residual=residual).contiguous()
+        return dwconv3d_ref(x, weight, bias, residual=residual)
     if x.device.type == "cpu" and x.numel() and not _needs_op(x, weight, bias):
         return _fwd_pytorch(x, weight, bias, residual)
     return _fwd(x, weight, bias, residual)

@@ -28,6 +28,21 @@ __all__ = ["bwd_weight", "bwd_weight_config", "fwd", "fwd_config", "fwd_with_sta
 
 
 @triton.jit
+def _column(
+    at, mask, w0, W,
+    n: tl.constexpr, STRIDE_XW: tl.constexpr,
+    KW: tl.constexpr, NW: tl.constexpr, EVEN_W: tl.constexpr,
+):  # fmt: skip
+    """Element n of the NW + KW - 1 that a run from column w0 on needs of its row at `at`."""
+    w = (w0 + n - KW // 2)[:, None]
+    if n < KW // 2:
+        mask = mask & (w >= 0)
+    if (n >= NW + KW // 2) or not EVEN_W:
+        mask = mask & (w < W)
+    return tl.load(at + (n - KW // 2) * STRIDE_XW, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _dwconv3d_fwd_kernel(
     X, Weight, Bias, Y, Stats,
     stride_xb, stride_xt, stride_xh,
@@ -64,14 +79,7 @@ def _dwconv3d_fwd_kernel(
             at = frame + (from_h.to(tl.int64) * stride_xh)[:, None]
             xs = ()
             for n in tl.static_range(NW + KW - 1):
-                w = (w0 + n - KW // 2)[:, None]
-                inside = mask
-                if n < KW // 2:
-                    inside = inside & (w >= 0)
-                if (n >= NW + KW // 2) or not EVEN_W:
-                    inside = inside & (w < W)
-                x = tl.load(at + (n - KW // 2) * STRIDE_XW, mask=inside, other=0.0)
-                xs = xs + (x.to(tl.float32),)
+                xs = xs + (_column(at, mask, w0, W, n, STRIDE_XW, KW, NW, EVEN_W),)
             for j in tl.static_range(KH):
                 if (r - j >= 0) and (r - j < NH):
                     for k in tl.static_range(KW):
@@ -167,13 +175,7 @@ def _dwconv3d_bwd_weight_kernel(
             mask = (in_t & (from_h >= 0) & (from_h < H))[:, None] & in_c
             at = frame + (from_h.to(tl.int64) * stride_xh)[:, None]
             for n in tl.static_range(NW + KW - 1):
-                w = (w0 + n - KW // 2)[:, None]
-                inside = mask
-                if n < KW // 2:
-                    inside = inside & (w >= 0)
-                if (n >= NW + KW // 2) or not EVEN_W:
-                    inside = inside & (w < W)
-                x = tl.load(at + (n - KW // 2) * STRIDE_XW, mask=inside, other=0.0).to(tl.float32)
+                x = _column(at, mask, w0, W, n, STRIDE_XW, KW, NW, EVEN_W)
                 new = ()
                 for s in tl.static_range(ROWS * KW):
                     # Of dy's NH x NW run, row r - j and column n - k meet tap (j, k).
