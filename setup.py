@@ -25,8 +25,8 @@ class BuildPy(build_py):
         native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(native)
         built = Path(self.build_lib, "uniformer_kernels", "libnative.so")
-        source = native.SOURCES / native.SOURCE["native"]
-        native.compile_library(source, native.cpu_command(os.environ.get("CXX")), built)
+        command = native.cpu_command(os.environ.get("CXX"))
+        native.compile_library(native.sources("native"), command, built)
 
 
 class WithNative(Distribution):
@@ -47,7 +47,7 @@ setup(
     package_data={
         "uniformer": ["py.typed", "labels/*.txt"],
         "uniformer_kernels": ["py.typed"],
-        "uniformer_kernels.csrc": ["*.cpp", "*.cu"],
+        "uniformer_kernels.csrc": ["*.cpp", "*.cu", "*.h"],
     },
     cmdclass={"build_py": BuildPy},
     distclass=WithNative,

@@ -19,7 +19,7 @@ def source(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "a.cpp").write_text(SOURCE)
     monkeypatch.setattr(_native, "SOURCES", folder)
-    monkeypatch.setitem(_native.SOURCE, "test", "a.cpp")
+    monkeypatch.setitem(_native.SUFFIX, "test", ".cpp")
     return folder / "a.cpp"
 
 
@@ -28,6 +28,11 @@ def test_a_library_is_built_once_and_again_when_its_source_changes(source, tmp_p
     first = _native.library("test", command, cache)
     made = first.stat().st_mtime_ns
     assert _native.library("test", command, cache).stat().st_mtime_ns == made
+    (source.parent / "a.h").write_text("// a header counts as well")
+    header = _native.library("test", command, cache)
+    header.unlink()
+    header.with_suffix(".sha256").unlink()
+    assert header != first
     source.write_text(SOURCE.replace("42", "43"))
     second = _native.library("test", command, cache)
     assert second != first
@@ -76,25 +81,23 @@ def test_missing_compilers_and_sources_are_named(source, tmp_path, monkeypatch):
     with pytest.raises(_native.BuildError, match="no nvcc on the PATH; CUDA_HOME"):
         _native.cuda_command(str(tmp_path), "90")
     source.unlink()
-    with pytest.raises(_native.BuildError, match="its source is missing"):
+    with pytest.raises(_native.BuildError, match="its sources are missing"):
         _native.library("test", _native.cpu_command(), tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "ninja", None)
     with pytest.raises(_native.BuildError, match="pip install ninja"):
-        _native.compile_library(source, ["c++"], tmp_path / "x.so")
+        _native.compile_library([source], ["c++"], tmp_path / "x.so")
 
 
 def test_the_cpu_library_compiles_without_warnings(tmp_path):
-    source = Path(_native.SOURCES, _native.SOURCE["native"])
     command = [*_native.cpu_command(), "-Wall", "-Wextra", "-Werror", "-o", str(tmp_path / "a.so")]
-    subprocess.run([*command, str(source)], check=True)
+    subprocess.run([*command, *_native.sources("native")], check=True)
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc on the PATH")
 def test_the_cuda_source_compiles_without_spills(tmp_path):
     for arch in ("80", "90", "100"):
         command = [*_native.cuda_command(None, arch), "-Xptxas", "-v", "-o", str(tmp_path / "a.so")]
-        source = str(Path(_native.SOURCES, _native.SOURCE["cuda"]))
-        done = subprocess.run([*command, source], capture_output=True, text=True)
+        done = subprocess.run([*command, *_native.sources("cuda")], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
         assert found

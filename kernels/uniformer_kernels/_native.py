@@ -16,14 +16,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["BuildError", "compile_library", "cpu_command", "cuda_command", "library"]
+__all__ = ["BuildError", "compile_library", "cpu_command", "cuda_command", "library", "sources"]
 
 log = logging.getLogger("uniformer.kernels")
 
 HERE = Path(__file__).parent
 # Installed, the sources lie in the package; in a checkout, at its root.
 SOURCES = HERE / "csrc" if (HERE / "csrc").is_dir() else HERE.parents[1] / "csrc"
-SOURCE = {"native": "dwconv3d_cpu.cpp", "cuda": "dwconv3d.cu"}
+SUFFIX = {"native": ".cpp", "cuda": ".cu"}  # every such source of the folder is compiled in
 
 
 class BuildError(RuntimeError):
@@ -57,6 +57,18 @@ def cuda_command(home: str | None, arch: str) -> list[str]:
     return [found, *flags, "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
 
 
+def sources(name: str) -> list[Path]:
+    """What the library "native" or "cuda" is made from.
+
+    Raises:
+        BuildError: it is missing.
+    """
+    found = sorted(SOURCES.glob(f"*{SUFFIX[name]}"))
+    if not found:
+        raise BuildError(f"its sources are missing: {SOURCES}/*{SUFFIX[name]}")
+    return found
+
+
 def library(name: str, command: Sequence[str], cache: Path) -> Path:
     """The library, from the package or from `cache`, built if it is in neither.
 
@@ -66,15 +78,15 @@ def library(name: str, command: Sequence[str], cache: Path) -> Path:
     packaged = HERE / f"lib{name}.so"
     if packaged.is_file() and SOURCES.parent == HERE:  # in a checkout sources change
         return packaged
-    source = SOURCES / SOURCE[name]
-    if not source.is_file():
-        raise BuildError(f"its source is missing: {source}")
-    parts = [source.read_bytes(), *(c.encode() for c in command), _machine().encode()]
+    files = sources(name)
+    headers = sorted(SOURCES.glob("*.h"))
+    parts = [*(f.read_bytes() for f in files + headers), *(c.encode() for c in command)]
+    parts.append(_machine().encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     built = cache / f"lib{name}-{key}.so"
     if not _is_whole(built):
-        log.info("building %s with %s, once, into %s", source.name, command[0], cache)
-        compile_library(source, command, built)
+        log.info("building lib%s with %s, once, into %s", name, command[0], cache)
+        compile_library(files, command, built)
     return built
 
 
@@ -90,7 +102,7 @@ def _digest_of(built: Path) -> Path:
     return built.with_suffix(".sha256")
 
 
-def compile_library(source: Path, command: Sequence[str], built: Path) -> None:
+def compile_library(files: Sequence[Path], command: Sequence[str], built: Path) -> None:
     """Build `built`, whole or not at all: a killed build leaves nothing that is in the way.
 
     Raises:
@@ -101,23 +113,24 @@ def compile_library(source: Path, command: Sequence[str], built: Path) -> None:
         from ninja.ninja_syntax import Writer
     except ImportError as error:
         raise BuildError("ninja is not installed: pip install ninja") from error
+    names = ", ".join(f.name for f in files)
     built.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         with (Path(folder) / "build.ninja").open("w") as file:
             writer = Writer(file)  # type: ignore[arg-type]  # its annotation is wrong
             quoted = " ".join(f"'{part}'" for part in command)
             writer.rule("compile", f"{quoted} -o $out $in", description="$in")
-            writer.build(["library"], "compile", [str(source)])
+            writer.build(["library"], "compile", [str(f) for f in files])
         done = subprocess.run(
             [os.path.join(BIN_DIR, "ninja"), "-C", folder, "library"],
             capture_output=True, text=True, errors="replace",
         )  # fmt: skip
         if done.returncode:
             last = " | ".join(done.stdout.strip().splitlines()[-6:])
-            raise BuildError(f"{command[0]} failed on {source.name}: {last}")
+            raise BuildError(f"{command[0]} failed on {names}: {last}")
         made = Path(folder) / "library"
         if not made.is_file():
-            raise BuildError(f"{command[0]} succeeded on {source.name} but wrote no library")
+            raise BuildError(f"{command[0]} succeeded on {names} but wrote no library")
         digest = Path(folder) / "digest"
         digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         os.replace(digest, _digest_of(built))

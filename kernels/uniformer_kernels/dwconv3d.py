@@ -14,11 +14,15 @@ Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 6 and 8.
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from uniformer_kernels import _runtime, dwconv3d_native
@@ -52,27 +56,52 @@ def _bwd_ref(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[
     )  # fmt: skip
 
 
-def _fwd_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    """PyTorch's channels-last forward, on a CPU near the machine's peak already."""
+def _fwd_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool = False
+) -> Tensor:
+    """In C++ or by PyTorch's channels-last convolution, whichever is faster."""
+    if dwconv3d_native.wins_cpu(x, weight.shape[2:], residual):
+        return dwconv3d_native.fwd_cpu(x, weight, bias, residual, mirror)
     dtype = x.dtype
-    if x.shape[-1] == 1 and dtype != torch.float32:  # there it was seen to return what lay around
-        return _fwd_pytorch(x.float(), weight, bias, residual).to(dtype)
+    # In fp16 PyTorch is a hundred times slower; of one channel it returned what lay around.
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and x.shape[-1] == 1):
+        return _fwd_cpu(x.float(), weight, bias, residual, mirror).to(dtype)
+    if mirror:
+        weight = weight.flip(2, 3, 4)
     if residual and dtype == torch.float32:  # x itself as one more weight of the middle tap
         weight = weight.clone()
         kt, kh, kw = weight.shape[2:]
         weight[:, 0, kt // 2, kh // 2, kw // 2] += 1
         residual = False
+    return _fwd_pytorch(x, weight, bias, residual)
+
+
+def _fwd_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
     if not torch.is_autocast_enabled(x.device.type):
         return dwconv3d_ref(x, weight, bias, residual=residual)
     with torch.autocast(x.device.type, enabled=False):  # the caller has chosen the dtypes
-        return _fwd_pytorch(x, weight, bias, residual)
+        return dwconv3d_ref(x, weight, bias, residual=residual)
 
 
 # --- Ops: shapes, dispatch, autograd --------------------------------------------------
 
 
-@torch.library.custom_op("uniformer::dwconv3d", mutates_args=())
-def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+_library = torch.library.Library("uniformer", "FRAGMENT")
+_library.define(
+    "dwconv3d(Tensor x, Tensor weight, Tensor? bias, bool residual) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "dwconv3d_bwd(Tensor dy, Tensor x, Tensor weight, bool residual, bool with_dx, bool with_dw)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_fwd = torch.ops.uniformer.dwconv3d.default
+_bwd = torch.ops.uniformer.dwconv3d_bwd.default
+
+
+@torch.library.impl(_library, "dwconv3d", "CompositeExplicitAutograd")
+def _fwd_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
     """x (B, T, H, W, C), weight (C, 1, kt, kh, kw), bias (C,) -> y (B, T, H, W, C), contiguous."""
     served_by = _served_by(x, weight)
     if x.numel() == 0:
@@ -81,6 +110,8 @@ def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tens
         return _triton().fwd(x, weight, bias, residual)
     if served_by == "cuda":
         return dwconv3d_native.fwd_cuda(x, weight, bias, residual)
+    if served_by == "native":
+        return _fwd_cpu(x, weight, bias, residual)
     return _fwd_pytorch(x, weight, bias, residual)
 
 
@@ -99,13 +130,13 @@ def _triton() -> ModuleType:
     return dwconv3d_triton
 
 
-@_fwd.register_fake
+@torch.library.register_fake("uniformer::dwconv3d", lib=_library)
 def _fwd_fake(x, weight, bias, residual):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("uniformer::dwconv3d_bwd", mutates_args=())
-def _bwd(
+@torch.library.impl(_library, "dwconv3d_bwd", "CompositeExplicitAutograd")
+def _bwd_kernel(
     dy: Tensor, x: Tensor, weight: Tensor, residual: bool, with_dx: bool, with_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dy and x (B, T, H, W, C) -> dx in dy's dtype, dweight and dbias in the weight's.
@@ -129,7 +160,7 @@ def _bwd(
             grads = dwconv3d_native.bwd_weight_cuda(dy, x, weight)
     elif served_by == "native":
         if with_dx:
-            dx = _fwd_pytorch(dy, weight.flip(2, 3, 4), None, residual)
+            dx = _fwd_cpu(dy, weight, None, residual, mirror=True)
         if with_dw:
             grads = dwconv3d_native.bwd_weight_cpu(dy, x, weight)
     else:
@@ -146,51 +177,87 @@ def _bwd(
     return dx, dw, db
 
 
-@_bwd.register_fake
+@torch.library.register_fake("uniformer::dwconv3d_bwd", lib=_library)
 def _bwd_fake(dy, x, weight, residual, with_dx, with_dw):
     dx = dy.new_empty(dy.shape if with_dx else 0)
     dw = weight.new_empty(weight.shape if with_dw else 0)
     return dx, dw, weight.new_empty(weight.shape[0] if with_dw else 0)
 
 
-def _fwd_context(ctx, inputs, output):
-    x, weight, _, ctx.residual = inputs
-    ctx.save_for_backward(x, weight)
+class _Fwd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual):
+        ctx.residual = residual
+        ctx.save_for_backward(x, weight)
+        return _below_autograd("fwd", x, weight, bias, residual)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        dx, dw, db = _call("bwd", dy, x, weight, ctx.residual, for_x, for_weight or for_bias)
+        return dx if for_x else None, dw if for_weight else None, db if for_bias else None, None
 
 
-def _fwd_backward(ctx, dy):
-    x, weight = ctx.saved_tensors
-    with_dw = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dx, dw, db = _bwd(dy, x, weight, ctx.residual, ctx.needs_input_grad[0], with_dw)
-    return (
-        dx if ctx.needs_input_grad[0] else None,
-        dw if ctx.needs_input_grad[1] else None,
-        db if ctx.needs_input_grad[2] else None,
-        None,
-    )
+class _Bwd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dy, x, weight, residual, with_dx, with_dw):
+        ctx.residual, ctx.with_dx, ctx.with_dw = residual, with_dx, with_dw
+        ctx.save_for_backward(dy, x, weight)
+        return _below_autograd("bwd", dy, x, weight, residual, with_dx, with_dw)
+
+    @staticmethod
+    def backward(ctx, gdx, gdw, gdb):
+        """Gradients of the gradients: dx is linear in dy and weight, dweight in dy and x."""
+        dy, x, weight = ctx.saved_tensors
+        g_dy = g_x = g_weight = None
+        if ctx.with_dx:
+            g_dy = _call("fwd", gdx, weight, None, ctx.residual)
+            g_weight = _call("bwd", dy, gdx, weight, False, False, True)[1]
+        if ctx.with_dw:
+            share = _call("fwd", x, gdw, gdb, False)
+            g_dy = share if g_dy is None else g_dy + share
+            g_x = _call("fwd", dy, gdw.flip(2, 3, 4), None, False)
+        return g_dy, g_x, g_weight, None, None, None
 
 
-def _bwd_context(ctx, inputs, output):
-    dy, x, weight, ctx.residual, ctx.with_dx, ctx.with_dw = inputs
-    ctx.save_for_backward(dy, x, weight)
+_OPS: dict[str, tuple[Any, Any, Any]] = {
+    "fwd": (_fwd, _fwd_kernel, _Fwd),
+    "bwd": (_bwd, _bwd_kernel, _Bwd),
+}
 
 
-def _bwd_backward(ctx, gdx, gdw, gdb):
-    """Gradients of the gradients: dx is linear in dy and weight, dweight in dy and x."""
-    dy, x, weight = ctx.saved_tensors
-    g_dy = g_x = g_weight = None
-    if ctx.with_dx:
-        g_dy = _fwd(gdx, weight, None, ctx.residual)
-        g_weight = _bwd(dy, gdx, weight, False, False, True)[1]
-    if ctx.with_dw:
-        share = _fwd(x, gdw, gdb, False)
-        g_dy = share if g_dy is None else g_dy + share
-        g_x = _fwd(dy, gdw.flip(2, 3, 4), None, False)
-    return g_dy, g_x, g_weight, None, None, None
+def _call(name: str, *args: Any) -> Any:
+    """The operator, past PyTorch's dispatcher where only autograd listens: it takes 20-50 us."""
+    if not _only_autograd_listens(args):
+        return _OPS[name][0](*args)
+    return _with_autograd(name, *args)
 
 
-_fwd.register_autograd(_fwd_backward, setup_context=_fwd_context)
-_bwd.register_autograd(_bwd_backward, setup_context=_bwd_context)
+def _with_autograd(name: str, *args: Any) -> Any:
+    tensors = (a for a in args if isinstance(a, Tensor))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _OPS[name][2].apply(*args)
+    return _below_autograd(name, *args)
+
+
+def _below_autograd(name: str, *args: Any) -> Any:
+    op, kernel, _ = _OPS[name]
+    if _only_autograd_listens(args):
+        return kernel(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _only_autograd_listens(args: Sequence) -> bool:
+    """No compiler, no mode such as a counter of operations, no tensor of a kind of its own."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(a) in (Tensor, Parameter) for a in args if isinstance(a, Tensor))
+
+
+_library.impl(_fwd, partial(_with_autograd, "fwd"), "Autograd")
+_library.impl(_bwd, partial(_with_autograd, "bwd"), "Autograd")
 
 
 @register_flop_formula(torch.ops.uniformer.dwconv3d)
@@ -239,17 +306,7 @@ def dwconv3d(
     plain = not known or x.dtype == torch.float64 or _runtime.current_backend() == "reference"
     if x.numel() and (plain or _runtime.under_torch_func("dwconv3d")):
         return dwconv3d_ref(x, weight, bias, residual=residual)
-    if x.device.type == "cpu" and x.numel() and not _needs_op(x, weight, bias):
-        return _fwd_pytorch(x, weight, bias, residual)
-    return _fwd(x, weight, bias, residual)
-
-
-def _needs_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether more than PyTorch's own forward is wanted: an operator costs 70 us a call."""
-    if torch.compiler.is_compiling() or _runtime.current_backend() not in ("auto", "native"):
-        return True
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return _call("fwd", x, weight, bias, residual)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

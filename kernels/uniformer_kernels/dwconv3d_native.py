@@ -1,4 +1,4 @@
-"""The C++ kernels of `dwconv3d`, `csrc/dwconv3d_cpu.cpp` and `csrc/dwconv3d.cu`, as functions.
+"""The C++ kernels of `dwconv3d`, `csrc/dwconv3d_cpu_*.cpp` and `csrc/dwconv3d.cu`, as functions.
 
 Shapes: B clips, T frames, H rows, W columns, C channels; activations are (B, T, H, W, C).
 """
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from uniformer_kernels import _runtime
 
-__all__ = ["DTYPES", "bwd_weight_cpu", "bwd_weight_cuda", "fwd_cuda", "why_not_cuda"]
+__all__ = [
+    "DTYPES",
+    "bwd_weight_cpu",
+    "bwd_weight_cuda",
+    "fwd_cpu",
+    "fwd_cuda",
+    "why_not_cuda",
+    "wins_cpu",
+]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the C interface
 VECTOR = 16  # bytes that the CUDA kernels load at a time
@@ -31,6 +39,40 @@ def _pointer(t: Tensor | None) -> ctypes.c_void_p:
 
 def _int64s(values: Sequence[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(values))(*values)
+
+
+def wins_cpu(x: Tensor, kernel: Sequence[int], residual: bool) -> bool:
+    """Whether `fwd_cpu` serves x and is faster than PyTorch's channels-last convolution.
+
+    Measured on two threads with AVX-512 (`benchmarks/bench_dwconv3d.py`): 1.1-1.2x for 5x5x5 in
+    fp32; 20x and more in fp16, for which PyTorch has no vectors there; and wherever PyTorch's 35 us
+    a call, or its pass of its own for the residual, are a good part of the whole.
+    """
+    if x.stride(4) != 1 or not _library("native").uniformer_dwconv3d_fwd_serves(
+        ctypes.c_int64(x.shape[3]), ctypes.c_int64(x.shape[4]), ctypes.c_int64(kernel[2])
+    ):
+        return False
+    if x.dtype == torch.float16 or (x.dtype == torch.float32 and kernel[2] == 5):
+        return True
+    return x.numel() * math.prod(kernel) <= (16_000_000 if residual else 8_000_000)
+
+
+def fwd_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool = False
+) -> Tensor:
+    """x (B, T, H, W, C) -> y likewise, contiguous; `mirror` for the gradient of x, from dy."""
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.to(weight.dtype).contiguous()
+    y = x.new_empty(x.shape)
+    code = _library("native").uniformer_dwconv3d_fwd(
+        _pointer(x), _int64s(x.stride()), _pointer(weight), _pointer(bias), _pointer(y),
+        _int64s(x.shape), _int64s(weight.shape[2:]), ctypes.c_int32(DTYPES.index(x.dtype)),
+        ctypes.c_int32(DTYPES.index(weight.dtype)), ctypes.c_int32(mirror),
+        ctypes.c_int32(residual), _runtime.parallel_for(),
+    )  # fmt: skip
+    if code:
+        raise MemoryError(f"no memory to pack a {tuple(weight.shape)} weight")
+    return y
 
 
 def bwd_weight_cpu(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -11,22 +11,19 @@
 // Tiles do not depend on the number of threads, each sums on its own, and their sums are added in
 // one order: the result is the same every time.
 //
-// Plain C++ behind a C interface: it needs no header of PyTorch, whose threads come as a pointer.
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <new>
 #include <vector>
+
+#include "dwconv3d_cpu.h"
 
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16;
 constexpr int SUMS = 25;  // of 32 registers: with 4 of dy and 1 of x that leaves 2
 #else
-constexpr int LANES = 8;
 constexpr int SUMS = 10;  // of 16 registers
 #endif
 constexpr int64_t SHORT = 64;  // products before a sum goes to the tile's: short sums round less
@@ -36,75 +33,7 @@ constexpr int WIDE = 4;  // elements of dy a step; 4 of dy and 8 of x serve 20 p
 // one block was packed at a time: it touched all lines of memory for a quarter of each.
 constexpr int64_t BLOCKS = 4, TILE_T = 16, TILE_H = 14, TILE_W = 64;
 
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
-
-struct bfloat16 {
-  uint16_t bits;
-  operator float() const {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
-};
-
-struct Shape {
-  int64_t b, t, h, w, c;
-};
-
-struct Tensor {
-  const void* data;
-  const int64_t* stride;  // of b, t, h, w, c, in elements
-};
-
-typedef void (*Body)(int64_t begin, int64_t end, void* context);
-typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
-
-// --- Packing ---------------------------------------------------------------------------
-
-// Rectangle of frame t of `source` from (h, w) on, `size` large, `blocks` blocks of channels from c
-// on -> `out` (blocks, h, w, LANES); zeros outside.
-template <typename scalar>
-void pack(
-    const Tensor& source, const Shape& shape, Shape at, Shape size, int64_t blocks, float* out) {
-  const int64_t* stride = source.stride;
-  const scalar* frame = static_cast<const scalar*>(source.data) + at.b * stride[0] +
-                        at.t * stride[1] + at.c * stride[4];
-  const int64_t plane = size.h * size.w * LANES, channels = shape.c - at.c;
-  const int64_t full = stride[4] == 1 ? std::min(blocks, channels / LANES) : 0;
-  for (int64_t h = at.h; h < at.h + size.h; ++h) {
-    const bool inside = h >= 0 && h < shape.h;
-    for (int64_t w = at.w; w < at.w + size.w; ++w, out += LANES) {
-      if (!inside || w < 0 || w >= shape.w) {
-        for (int64_t block = 0; block < blocks; ++block)
-          std::fill_n(out + block * plane, LANES, 0.0f);
-        continue;
-      }
-      const scalar* pixel = frame + h * stride[2] + w * stride[3];
-      for (int64_t block = 0; block < full; ++block)
-        for (int l = 0; l < LANES; ++l)
-          out[block * plane + l] = float(pixel[block * LANES + l]);
-      for (int64_t block = full; block < blocks; ++block)
-        for (int64_t l = 0; l < LANES; ++l) {
-          const int64_t c = block * LANES + l;
-          out[block * plane + l] = c < channels ? float(pixel[c * stride[4]]) : 0.0f;
-        }
-    }
-  }
-}
-
-// --- Sums ------------------------------------------------------------------------------
-
-inline vec load(const float* from) {
-  vec value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-inline void add(float* to, vec value) {
-  value += load(to);
-  std::memcpy(to, &value, sizeof value);
-}
+inline void add(float* to, vec value) { store(to, value + load(to)); }
 
 // N elements of dy from `dy` on against ROWS rows of x.
 template <int ROWS, int KW, int N>
@@ -248,8 +177,6 @@ void run(int64_t begin, int64_t end, void* context) {
   }
 }
 
-int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
-
 }  // namespace
 
 // x, dy: (B, T, H, W, C) of any strides, dtype 0 fp32, 1 fp16, 2 bf16. shape {B, T, H, W, C}, kernel
@@ -260,7 +187,7 @@ extern "C" int32_t uniformer_dwconv3d_bwd_weight(
     const int64_t* shape, const int64_t* kernel, int32_t dtype, float* grads,
     ParallelFor parallel_for) {
   const int64_t kt = kernel[0], kh = kernel[1], kw = kernel[2], taps = kt * kh * kw;
-  if (dtype < 0 || dtype > 2 || kw % 2 == 0 || kw > 9) return 2;
+  if (dtype < 0 || dtype > 2 || kw % 2 == 0 || kw > MAX_KERNEL) return 2;
   const Shape size = {shape[0], shape[1], shape[2], shape[3], shape[4]};
   const int64_t blocks = tiles_of(size.c, LANES), slab = (taps + 1) * LANES;
   const Shape tiles = {size.b, tiles_of(size.t, TILE_T), tiles_of(size.h, TILE_H),
