@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench gpu clean
 
 help:
 	@echo "make demo    train UniFormer on real mp4 files, test it, look at it (runs/demo)"
 	@echo "make test    lint, types, tests"
-	@echo "make bench   time the kernels beside PyTorch's (benchmarks/results)"
+	@echo "make bench   time it all beside its rivals (benchmarks/results); BASE=REF: beside an older self"
+	@echo "make gpu     tests, tuning and benchmarks on a GPU in nine minutes; OUT=DIR copies the results"
 	@echo "make check   lint and types alone"
 	@echo "make setup   fill $(VENV); the others do this first"
 
@@ -33,9 +34,11 @@ test: check
 	$(BIN)/pytest
 
 bench: setup
-	$(BIN)/pytest -q benchmarks/bench_dwconv3d.py --benchmark-json=benchmarks/results/dwconv3d_cpu.json
-	$(BIN)/pytest -q benchmarks/bench_step.py --benchmark-json=benchmarks/results/step_cpu.json
-	$(BIN)/python -m benchmarks.ratios benchmarks/results/dwconv3d_cpu.json benchmarks/results/step_cpu.json
+	$(BIN)/python -m benchmarks.run $(if $(BASE),--base $(BASE),--compiled) $(BENCH)
+
+# With the Python that has the CUDA build of torch: this one's, or PYTHON=...
+gpu:
+	$(if $(wildcard $(VENV)/.ready),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

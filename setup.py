@@ -46,7 +46,7 @@ setup(
     },
     package_data={
         "uniformer": ["py.typed", "labels/*.txt"],
-        "uniformer_kernels": ["py.typed"],
+        "uniformer_kernels": ["py.typed", "tuned.json"],
         "uniformer_kernels.csrc": ["*.cpp", "*.cu", "*.h"],
     },
     cmdclass={"build_py": BuildPy},

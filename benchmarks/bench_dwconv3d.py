@@ -1,95 +1,76 @@
-"""Depthwise convolution against PyTorch's in both layouts, at the shapes of UniFormer-S.
+"""Depthwise 3-D convolution: the DPE of all four stages, the token affinity of the local ones.
 
-    make bench      # writes benchmarks/results/dwconv3d_cpu.json, prints the ratios
+The DPE is timed as the network has it, with its residual: x + dwconv(x).
 
-Rounds of the providers of a case follow one another; the least time of each is compared, since
-other jobs only ever add. Every provider is checked against fp64 before it is timed.
+Cost, in elements of the activation A and taps k^3: forward reads x and writes y, 2A, and takes
+2 k^3 A operations; backward reads dy and x and writes dx, 3A, for twice as many. Weights are small.
 """
 
-import pytest
+from collections.abc import Iterator, Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from uniformer_kernels import dwconv3d
+from benchmarks.harness import Case, Problem, Provider
+from benchmarks.machine import DTYPES, OURS
+from benchmarks.shapes import Stage, stages
+from uniformer_kernels import backend, dwconv3d
 
-# Channels, T, H = W, kernel: the DPE of all four stages, the affinity of the local ones.
-CASES = [
-    (64, 8, 56, 5), (128, 8, 28, 5),
-    (64, 8, 56, 3), (128, 8, 28, 3), (320, 8, 14, 3), (512, 8, 7, 3),
-]  # fmt: skip
-GPU = torch.cuda.is_available()
-DEVICE, BATCH = ("cuda", 32) if GPU else ("cpu", 1)
-PROVIDERS = ["PyTorch NCTHW", "PyTorch channels_last_3d", "uniformer"]
+NCTHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last_3d
 
 
-def arguments(case, dtype, provider):
-    """x and dy in the layout of the provider, and its function."""
-    C, T, H, k = case
+def cases(
+    device: str, batches: Sequence[int], dtypes: Sequence[str], tiny: bool = False
+) -> Iterator[Case]:
+    """5x5x5 first: the network spends most there."""
+    for k, some in ((5, stages(tiny)[:2]), (3, stages(tiny))):
+        for stage in some:
+            for batch in batches:
+                for dtype in dtypes:
+                    elements = batch * stage.tokens * stage.C
+                    moved = elements * DTYPES[dtype].itemsize
+                    yield Case(
+                        "dwconv3d", f"{k}x{k}x{k} {stage}", stage.number, batch, dtype,
+                        partial(problem, stage, batch, dtype, k),
+                        bytes=(2 * moved, 3 * moved),
+                        flops=(2 * k**3 * elements, 4 * k**3 * elements),
+                        unit="fma",
+                    )  # fmt: skip
+
+
+def problem(stage: Stage, batch: int, dtype: str, k: int, device: str) -> Problem:
     torch.manual_seed(0)
-    shape = (BATCH, T, H, H, C)
-    x, dy = (torch.randn(shape, device=DEVICE, dtype=dtype) for _ in range(2))
-    weight = torch.randn(C, 1, k, k, k, device=DEVICE, dtype=dtype)
-    bias = torch.randn(C, device=DEVICE, dtype=dtype)
+    shape = (batch, stage.T, stage.H, stage.W, stage.C)
+    x = torch.randn(shape, device=device).to(DTYPES[dtype])
+    weight = (torch.randn(stage.C, 1, k, k, k, device=device) / k**1.5).to(DTYPES[dtype])
+    bias = torch.randn(stage.C, device=device).to(DTYPES[dtype])
+    residual = k == 3
 
-    def pytorch(x, weight, bias):
-        return F.conv3d(x, weight, bias, padding=k // 2, groups=C)
+    def pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.conv3d(x, weight, bias, padding=k // 2, groups=x.shape[1])
+        return x + y if residual else y
 
-    if provider == "uniformer":
-        return dwconv3d, [x, weight, bias], dy
-    x, dy = x.permute(0, 4, 1, 2, 3), dy.permute(0, 4, 1, 2, 3)
-    if provider == "PyTorch NCTHW":
-        x, dy = x.contiguous(), dy.contiguous()
-    return pytorch, [x, weight, bias], dy
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return dwconv3d(x, weight, bias, residual=residual)
 
+    def in_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with backend("cuda"):
+            return ours(x, weight, bias)
 
-def check(fn, tensors, dy, provider):
-    """The provider's gradient of the weight against fp64: a wrong one is not worth timing."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    (dw,) = torch.autograd.grad(fn(*leaves), leaves[1], dy)
-    truth = [t.detach().double().requires_grad_() for t in tensors]
-    (want,) = torch.autograd.grad(fn(*truth), truth[1], dy.double())
-    error = (dw.double() - want).norm() / want.norm()
-    assert error < 0.02, f"{provider}: relative error {error:.1e}"
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[3]}x{c[3]}x{c[3]} C={c[0]} {c[2]}")
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_dwconv3d(benchmark, direction, case, dtype, provider):
-    compare(benchmark, direction, case, dtype, provider)
+    parameters = [weight, bias]
+    providers = {
+        OURS: Provider(ours, parameters),
+        "PyTorch NCTHW": Provider(pytorch, parameters, NCTHW),
+        "PyTorch channels_last_3d": Provider(pytorch, parameters, CHANNELS_LAST),
+    }
+    if device == "cuda":
+        providers["uniformer in CUDA C++"] = Provider(in_cuda, parameters)
+    wide = torch.float64 if device == "cpu" else torch.float32  # fp64 would take the lease
+    truth = Provider(pytorch, [p.detach().to(wide) for p in parameters], CHANNELS_LAST)
+    return Problem(x, providers, truth, wide)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_backward_on_one_thread(benchmark, provider):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        compare(benchmark, "backward on one thread", CASES[0], torch.float32, provider)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def compare(benchmark, direction, case, dtype, provider):
-    C, T, H, k = case
-    benchmark.group = f"{direction} B={BATCH} {k}x{k}x{k} C={C} {T}x{H}x{H} {str(dtype)[6:]}"
-    fn, tensors, dy = arguments(case, dtype, provider)
-    check(fn, tensors, dy, provider)
-    if direction == "forward":
-        benchmark.pedantic(finished(fn), tensors, rounds=30, warmup_rounds=3)
-        return
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    y = fn(*leaves)
-    backward = finished(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
-    benchmark.pedantic(backward, rounds=8, warmup_rounds=1)
-
-
-def finished(fn):
-    """A call that returns when the device is done with it."""
-
-    def run(*tensors):
-        fn(*tensors)
-        if GPU:
-            torch.cuda.synchronize()
-
-    return run
+def test_dwconv3d(microbenchmark):
+    microbenchmark()

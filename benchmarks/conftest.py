@@ -1,35 +1,53 @@
-"""What every benchmark result carries, and the compact file that figures are quoted from."""
+"""The microbenchmarks under pytest-benchmark: a test for each case, direction and provider.
 
-import platform
-from pathlib import Path
+    pytest benchmarks/bench_attention.py --benchmark-autosave -k "bf16 and forward"
+    pytest benchmarks/bench_attention.py --benchmark-compare
 
+`make bench` times the same cases in turns, which a noisy machine needs; here each has its own.
+"""
+
+import os
+
+import pytest
 import torch
+
+from benchmarks.harness import DIRECTIONS, prepare
+from benchmarks.machine import environment
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY = os.environ.get("UNIFORMER_BENCH_TINY") == "1"
+BATCHES, DTYPES = ((1, 8, 32), ("bf16", "fp16", "fp32")) if DEVICE == "cuda" else (
+    (1,), ("fp32", "bf16")
+)  # fmt: skip
+
+
+def pytest_generate_tests(metafunc):
+    if "microbenchmark" in metafunc.fixturenames:
+        cases = list(metafunc.module.cases(DEVICE, BATCHES, DTYPES, TINY))
+        metafunc.parametrize("case", cases, ids=str, scope="module")
+        metafunc.parametrize("direction", DIRECTIONS)
+
+
+@pytest.fixture
+def microbenchmark(request, benchmark, case, direction):
+    """Times ours, grouped by case and direction; wrong results fail."""
+
+    def run():
+        ready, failed = prepare(case, DEVICE, "uniformer")
+        assert not failed, failed
+        benchmark.group = f"{direction} {case}"
+        call = getattr(ready["uniformer"], direction)
+
+        def finished():
+            call()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(finished, rounds=20, warmup_rounds=2)
+
+    return run
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """What the numbers depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     machine_info.clear()
-    machine_info.update(
-        processor=next((x.split(": ")[1] for x in lines if x.startswith("model name")), "unknown"),
-        threads=torch.get_num_threads(),
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        python=platform.python_version(),
-        torch=torch.__version__,
-        capability=torch.backends.cpu.get_cpu_capability(),
-    )
-
-
-def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Milliseconds of each provider, case by case: least, median, rounds."""
-    output_json["benchmarks"] = [
-        {
-            "group": b["group"],
-            "provider": b["params"]["provider"],
-            "min_ms": round(1e3 * b["stats"]["min"], 4),
-            "median_ms": round(1e3 * b["stats"]["median"], 4),
-            "rounds": b["stats"]["rounds"],
-        }
-        for b in output_json["benchmarks"]
-    ]
-    del output_json["commit_info"]
+    machine_info.update(environment(DEVICE))

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from uniformer.digits import build_digits
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the first kernel module is imported
 
@@ -28,4 +26,6 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """Moving digits, a few of each class: train/ and val/ with a folder of mp4 files a class."""
+    from uniformer.digits import build_digits  # needs what decodes and encodes videos
+
     return build_digits(tmp_path_factory.mktemp("digits"), share=0.04)

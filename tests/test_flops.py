@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uniformer import UniFormer
 from uniformer.configs import PRESETS
-from uniformer.flops import count_macs
+from uniformer.flops import count_flops, count_macs
 from uniformer.info import PAPER, InfoConfig, info, paper_rounding
 from uniformer_kernels import backend
 
@@ -46,6 +46,20 @@ def test_an_independent_counter_agrees(changes):
         model(torch.zeros(1, 3, 5, 64, 96))
     rows = count_macs(cfg, 5, 64, 96)
     assert counter.get_total_flops() == 2 * sum(row.total - row.norm for row in rows)
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_a_training_step_is_counted(name):
+    """Backward costs twice as much, but for the clip, which needs no gradient, and for the scores
+    that fused attention computes again."""
+    cfg = PRESETS["uniformer_nano"]
+    model, clip = UniFormer(cfg), torch.zeros(1, 3, 4, 64, 64)
+    with backend(name):
+        counted = count_flops(lambda: model(clip).sum().backward())
+    rows = count_macs(cfg, 4, 64, 64)
+    products = sum(row.total - row.norm for row in rows)
+    again = sum(row.affinity for row in rows[2:4]) / 2 if name == "auto" else 0
+    assert counted == 2 * (3 * products - rows[0].embed + again)
 
 
 def test_info_prints_the_papers_figures(capsys):

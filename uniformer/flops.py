@@ -5,12 +5,16 @@ convolutions, linear layers and the two products of attention; norms count a few
 fvcore does, whose counts the paper prints. Biases, GELU, softmax and sums count nothing.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from uniformer.configs import UniFormerConfig
 
-__all__ = ["StageMacs", "count_macs"]
+__all__ = ["StageMacs", "count_flops", "count_macs"]
 
 LAYER_NORM, BATCH_NORM = 5, 2  # multiply-adds an element, by fvcore's convention
 
@@ -91,3 +95,44 @@ def _stages(cfg: UniFormerConfig, T: int, H: int, W: int) -> Iterator[StageMacs]
     yield StageMacs(
         5, "-", (T, H, W), embed=dim_in * cfg.num_classes, norm=T * H * W * dim_in * BATCH_NORM
     )
+
+
+# --- Counting what runs ---------------------------------------------------------------
+
+
+def count_flops(fn: Callable[[], object]) -> int:
+    """Operations of whatever `fn` runs, forward and backward, 2 for a multiply-add.
+
+    PyTorch's `FlopCounterMode`, which knows this library's operators by their own formulas, with
+    two of PyTorch's mended: it counts the backward pass of a depthwise convolution some twenty
+    times over, and attention on a CPU not at all. Only products count.
+
+    Args:
+        fn: called once.
+    """
+    mended = {
+        torch.ops.aten.convolution_backward: _convolution_backward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mended) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+def _convolution_backward(dy, x, weight, *args, out_shape=None, **kwargs) -> int:
+    """dx and dweight each cost what the forward did; `args` ends with groups and which are wanted.
+
+    One product for each element of dy and each weight that it meets.
+    """
+    *_, wanted = args
+    return 2 * math.prod(dy) * math.prod(weight[1:]) * (wanted[0] + wanted[1])
+
+
+def _attention(q, k, v, *args, **kwargs) -> int:
+    return 4 * math.prod(q) * k[-2]
+
+
+def _attention_backward(dy, q, k, v, *args, **kwargs) -> int:
+    """Scores again, then dv, dp, dq and dk."""
+    return 10 * math.prod(q) * k[-2]

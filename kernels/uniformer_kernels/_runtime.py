@@ -5,8 +5,10 @@ An operator says which backends it has on which device, the default first; `serv
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -20,7 +22,7 @@ from uniformer_kernels import _native
 __all__ = [
     "BACKENDS", "announce", "backend", "current_backend", "interpreting", "multiprocessors",
     "native_library", "on_device", "parallel_for", "register", "report", "serving",
-    "under_torch_func", "why_not",
+    "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
 
 log = logging.getLogger("uniformer.kernels")
@@ -176,6 +178,64 @@ def multiprocessors(x: torch.Tensor) -> int:
     if not x.is_cuda:
         return 2
     return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+# --- What was measured ----------------------------------------------------------------
+
+TUNED = Path(__file__).with_name("tuned.json")  # written by benchmarks/tune.py
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Row = Mapping[str, Any]
+
+
+def tuned(op: str, key: tuple, device: torch.device) -> Row | None:
+    """The fastest backend and launch of `op` on this kind of GPU, where they were measured.
+
+    `key` is what is written in the file, word by word: "fwd 5x5x5 bf16 64 8x56x56" is
+    ("fwd", (5, 5, 5), torch.bfloat16, 64, (8, 56, 56)).
+    """
+    return _tuned_on(device).get((op, key))
+
+
+@cache
+def _tuned_on(device: torch.device) -> dict[tuple, Row]:
+    # AMD's capabilities are numbered as NVIDIA's are, and mean others.
+    if device.type != "cuda" or torch.version.hip or interpreting():
+        return {}
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        return _read_tuned(f"sm_{major}{minor}")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        why = f"{TUNED} is not as benchmarks/tune.py writes it ({type(error).__name__}: {error})"
+        announce("kernels are launched untuned", why)
+        return {}
+
+
+def _read_tuned(arch: str) -> dict[tuple, Row]:
+    tables = json.loads(TUNED.read_text()).get(arch, {})
+    return {
+        (op, tuple(map(_word, key.split()))): _checked_row(key, row)
+        for op, rows in tables.items()
+        if op != "environment"
+        for key, row in rows.items()
+    }
+
+
+def _word(word: str) -> Any:
+    if not re.fullmatch(r"\d+(x\d+)*", word):
+        return DTYPES.get(word, word)
+    sizes = tuple(map(int, word.split("x")))
+    return sizes if len(sizes) > 1 else sizes[0]
+
+
+def _checked_row(key: str, row: Row) -> Row:
+    """Sizes that Triton's compiler would stumble over are found here, not at a launch."""
+    sizes = {name: n for name, n in row.items() if name not in ("backend", "ms", "rival_ms")}
+    whole = all(type(n) is int and n > 0 for n in sizes.values())
+    powers = [n for name, n in sizes.items() if name.startswith("BLOCK_") or name == "warps"]
+    if row["backend"] not in ("triton", "cuda") or not whole or any(n & (n - 1) for n in powers):
+        raise ValueError(f"{key!r} is {dict(row)}")
+    return row
 
 
 # --- The native libraries -------------------------------------------------------------

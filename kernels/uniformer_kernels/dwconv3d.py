@@ -50,6 +50,10 @@ def dwconv3d_ref(
 
 def _bwd_ref(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
     """dx (without the residual's share), dweight and dbias, those that are wanted, by PyTorch."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        # Of 16 channels PyTorch 2.13 returned a weight gradient with nothing right in it.
+        found = _bwd_ref(dy.float(), x.float(), weight.float(), wanted)
+        return [None if g is None else g.to(x.dtype) for g in found]
     return torch.ops.aten.convolution_backward(
         dy.permute(0, 4, 1, 2, 3), x.permute(0, 4, 1, 2, 3), weight, [x.shape[-1]], [1] * 3,
         [k // 2 for k in weight.shape[2:]], [1] * 3, False, [0] * 3, x.shape[-1], wanted,
@@ -103,24 +107,48 @@ _bwd = torch.ops.uniformer.dwconv3d_bwd.default
 @torch.library.impl(_library, "dwconv3d", "CompositeExplicitAutograd")
 def _fwd_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
     """x (B, T, H, W, C), weight (C, 1, kt, kh, kw), bias (C,) -> y (B, T, H, W, C), contiguous."""
-    served_by = _served_by(x, weight)
+    served_by = _served_by("fwd", x, weight)
     if x.numel() == 0:
         return x.new_empty(x.shape)
-    if served_by == "triton":
-        return _triton().fwd(x, weight, bias, residual)
-    if served_by == "cuda":
-        return dwconv3d_native.fwd_cuda(x, weight, bias, residual)
-    if served_by == "native":
-        return _fwd_cpu(x, weight, bias, residual)
-    return _fwd_pytorch(x, weight, bias, residual)
+    if served_by == "reference":
+        return _fwd_pytorch(x, weight, bias, residual)
+    return _fwd_by(served_by, x, weight, bias, residual)
 
 
-def _served_by(x: Tensor, weight: Tensor) -> str:
-    served_by = _runtime.serving("dwconv3d", x.device)
-    if served_by == "cuda" and (why := dwconv3d_native.why_not_cuda(x.shape, weight.shape[2:])):
+def _served_by(direction: str, x: Tensor, weight: Tensor) -> str:
+    """The backend of "fwd" or "bwd_weight" for these shapes."""
+    served_by, kernel = _runtime.serving("dwconv3d", x.device), weight.shape[2:]
+    if served_by == "cuda" and (why := dwconv3d_native.why_not_cuda(x.shape, kernel)):
         _runtime.announce("dwconv3d runs in Triton", why)
         return "triton"
+    if served_by == "triton" and _runtime.current_backend() == "auto":
+        key = (direction, kernel, x.dtype, x.shape[4], x.shape[1:4])
+        tuned = _runtime.tuned("dwconv3d", key, x.device)
+        if tuned and tuned["backend"] == "cuda":
+            why = _runtime.why_not("cuda") or dwconv3d_native.why_not_cuda(x.shape, kernel)
+            if why is None:
+                return "cuda"
+            _runtime.announce("dwconv3d runs in Triton, slower than it could", why)
     return served_by
+
+
+def _fwd_by(
+    served_by: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool,
+    mirror: bool = False,
+) -> Tensor:  # fmt: skip
+    if served_by == "triton":
+        return _triton().fwd(x, weight, bias, residual, mirror)
+    if served_by == "cuda":
+        return dwconv3d_native.fwd_cuda(x, weight, bias, residual, mirror)
+    return _fwd_cpu(x, weight, bias, residual, mirror)
+
+
+def _bwd_weight_by(served_by: str, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if served_by == "triton":
+        return _triton().bwd_weight(dy, x, weight)
+    if served_by == "cuda":
+        return dwconv3d_native.bwd_weight_cuda(dy, x, weight)
+    return dwconv3d_native.bwd_weight_cpu(dy, x, weight)
 
 
 def _triton() -> ModuleType:
@@ -143,26 +171,17 @@ def _bwd_kernel(
 
     Those that are not wanted come with no elements.
     """
-    served_by = _served_by(x, weight)
+    by_dx, by_dw = _served_by("fwd", dy, weight), _served_by("bwd_weight", x, weight)
     dx, dw, db = _bwd_fake(dy, x, weight, residual, with_dx, with_dw)
-    grads = None  # of weight and bias, (taps + 1, C)
     if dy.numel() == 0:
         return dx, dw.zero_(), db.zero_()
-    if served_by == "triton":
+    if by_dw != "reference":
         if with_dx:
-            dx = _triton().fwd(dy, weight, None, residual, mirror=True)
+            dx = _fwd_by(by_dx, dy, weight, None, residual, mirror=True)
         if with_dw:
-            grads = _triton().bwd_weight(dy, x, weight)
-    elif served_by == "cuda":
-        if with_dx:
-            dx = dwconv3d_native.fwd_cuda(dy, weight, None, residual, mirror=True)
-        if with_dw:
-            grads = dwconv3d_native.bwd_weight_cuda(dy, x, weight)
-    elif served_by == "native":
-        if with_dx:
-            dx = _fwd_cpu(dy, weight, None, residual, mirror=True)
-        if with_dw:
-            grads = dwconv3d_native.bwd_weight_cpu(dy, x, weight)
+            grads = _bwd_weight_by(by_dw, dy, x, weight)  # (taps + 1, C), the bias last
+            dw.copy_(grads[:-1].t().unflatten(1, (1, *weight.shape[2:])))
+            db.copy_(grads[-1])
     else:
         weight_ = weight.to(x.dtype)
         dx_, dw_, db_ = _bwd_ref(dy, x, weight_, [with_dx, with_dw, with_dw])
@@ -171,9 +190,6 @@ def _bwd_kernel(
             dx = dx.add_(dy) if residual else dx
         if dw_ is not None and db_ is not None:
             dw, db = dw_.to(weight.dtype), db_.to(weight.dtype)
-    if grads is not None:
-        dw.copy_(grads[:-1].t().unflatten(1, (1, *weight.shape[2:])))
-        db.copy_(grads[-1])
     return dx, dw, db
 
 

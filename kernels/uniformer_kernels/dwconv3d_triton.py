@@ -11,7 +11,8 @@ Shapes: B clips, T frames, H rows, W columns, C channels; kernel KT x KH x KW.
 # mypy: disable-error-code="assignment"
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -203,12 +204,14 @@ def _dwconv3d_bwd_weight_kernel(
 # 4 tiles x 64 channels on 4 warps: 2 channels a lane. A tile is NH x NW = 4 x 7 outputs, so that a
 # row of x, loaded and converted once, serves up to 4 rows of y. With 4 channels a lane 5x5x5
 # spills; with 1 row a tile two thirds of the instructions are no products, now less than a third.
-# Counted for sm_90 by benchmarks/static_cost.py; not yet timed.
+# Counted for sm_90 by benchmarks/static_cost.py. Where benchmarks/tune.py has timed a shape, what
+# it found fastest is in tuned.json and goes before these.
 BLOCK_P, BLOCK_C, WARPS = 4, 64, 4
 SUMS = 25  # of the weight that a program holds in registers
 PROGRAMS_PER_SM = 4
 
 Shape = tuple[int, ...]
+Tuned = Mapping[str, Any]  # a row of tuned.json: NH, NW, BLOCK_P, BLOCK_C, warps, any of them
 
 
 class Config(NamedTuple):
@@ -226,18 +229,22 @@ def _run_length(W: int) -> int:
     return 8 if W >= 8 else W
 
 
-def _blocks(C: int) -> tuple[int, int]:
-    """BLOCK_P, BLOCK_C: few channels leave lanes for more tiles."""
-    block_c = min(BLOCK_C, max(triton.next_power_of_2(C), 8))
-    return BLOCK_P * BLOCK_C // block_c, block_c
+def _tile(shape: Shape, rows: int, tuned: Tuned | None) -> tuple[int, int, int, int, int]:
+    """NH (`rows` by default), NW, BLOCK_P, BLOCK_C and warps, no larger than the shape needs."""
+    *_, H, W, C = shape
+    tuned = tuned or {}
+    NH, NW = min(tuned.get("NH", rows), H), min(tuned.get("NW", _run_length(W)), W)
+    block_c = min(tuned.get("BLOCK_C", BLOCK_C), max(triton.next_power_of_2(C), 8))
+    # Few channels leave lanes for more tiles.
+    block_p = tuned.get("BLOCK_P", max(BLOCK_P * BLOCK_C // block_c, 1))
+    return NH, NW, block_p, block_c, tuned.get("warps", WARPS)
 
 
-def fwd_config(shape: Shape, stride_w: int, kernel: Shape) -> Config:
+def fwd_config(shape: Shape, stride_w: int, kernel: Shape, tuned: Tuned | None = None) -> Config:
     """How `fwd` is launched on x (B, T, H, W, C), whose columns are `stride_w` apart."""
     B, T, H, W, C = shape
-    NW = _run_length(W)
-    NH = min(4 if kernel[1] <= 5 else 1, H)  # 81 taps x 4 rows would not fit the code cache
-    block_p, block_c = _blocks(C)
+    rows = 4 if kernel[1] <= 5 else 1  # 81 taps x 4 rows would not fit the code cache
+    NH, NW, block_p, block_c, warps = _tile(shape, rows, tuned)
     tiles_h, tiles_w = cdiv(H, NH), cdiv(W, NW)
     tiles = B * T * tiles_h * tiles_w
     arguments = {
@@ -245,19 +252,18 @@ def fwd_config(shape: Shape, stride_w: int, kernel: Shape) -> Config:
         "STRIDE_XW": stride_w, "KT": kernel[0], "KH": kernel[1], "KW": kernel[2],
         "NH": NH, "NW": NW, "EVEN_W": W % NW == 0, "BLOCK_P": block_p, "BLOCK_C": block_c,
     }  # fmt: skip
-    return Config((cdiv(tiles, block_p) * cdiv(C, block_c),), arguments, WARPS)
+    return Config((cdiv(tiles, block_p) * cdiv(C, block_c),), arguments, warps)
 
 
 def bwd_weight_config(
-    shape: Shape, stride_dyw: int, stride_xw: int, kernel: Shape, multiprocessors: int
-) -> Config:
+    shape: Shape, stride_dyw: int, stride_xw: int, kernel: Shape, multiprocessors: int,
+    tuned: Tuned | None = None,
+) -> Config:  # fmt: skip
     """How `bwd_weight` is launched on x (B, T, H, W, C); grid (programs, splits)."""
     B, T, H, W, C = shape
     KT, KH, KW = kernel
-    NW = _run_length(W)
-    NH = min(4, H)
+    NH, NW, block_p, block_c, warps = _tile(shape, 4, tuned)
     rows = min(KH, max(SUMS // KW, 1))
-    block_p, block_c = _blocks(C)
     tiles_h, tiles_w = cdiv(H, NH), cdiv(W, NW)
     tiles = B * T * tiles_h * tiles_w
     programs = KT * cdiv(KH, rows) * cdiv(C, block_c)
@@ -268,7 +274,7 @@ def bwd_weight_config(
         "ROWS": rows, "NH": NH, "NW": NW, "EVEN_W": W % NW == 0,
         "BLOCK_P": block_p, "BLOCK_C": block_c,
     }  # fmt: skip
-    return Config((programs, splits), arguments, WARPS)
+    return Config((programs, splits), arguments, warps)
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -281,11 +287,20 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _tuned(direction: str, x: Tensor, kernel: Shape) -> Tuned | None:
+    key = (direction, kernel, x.dtype, x.shape[4], x.shape[1:4])
+    return _runtime.tuned("dwconv3d", key, x.device)
+
+
 def fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool = False
-) -> Tensor:
-    """x (B, T, H, W, C), not empty -> y likewise; `mirror` for the gradient of x, from dy."""
-    return _fwd(x, weight, bias, residual, mirror, with_stats=False)[0]
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool = False,
+    tuned: Tuned | None = None,
+) -> Tensor:  # fmt: skip
+    """x (B, T, H, W, C), not empty -> y likewise; `mirror` for the gradient of x, from dy.
+
+    `tuned` is launched with instead of what is on file; {} for the defaults.
+    """
+    return _fwd(x, weight, bias, residual, mirror, tuned, with_stats=False)[0]
 
 
 def fwd_with_stats(
@@ -295,18 +310,20 @@ def fwd_with_stats(
 
     It is what the BatchNorm after it needs, without a pass of its own over y.
     """
-    y, stats = _fwd(x, weight, bias, residual, mirror=False, with_stats=True)
+    y, stats = _fwd(x, weight, bias, residual, mirror=False, tuned=None, with_stats=True)
     assert stats is not None
     return y, stats.sum(0)
 
 
 def _fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool, with_stats: bool
-) -> tuple[Tensor, Tensor | None]:
-    x = _readable(x)
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool,
+    tuned: Tuned | None, with_stats: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    x, kernel = _readable(x), weight.shape[2:]
     y = x.new_empty(x.shape)
     bias = None if bias is None else bias.contiguous()
-    grid, arguments, warps = fwd_config(x.shape, x.stride(3), weight.shape[2:])
+    tuned = _tuned("fwd", x, kernel) if tuned is None else tuned
+    grid, arguments, warps = fwd_config(x.shape, x.stride(3), kernel, tuned)
     C = x.shape[-1]
     programs = grid[0] // cdiv(C, arguments["BLOCK_C"])
     stats = x.new_empty(programs, 2, C, dtype=torch.float32) if with_stats else None
@@ -318,13 +335,17 @@ def _fwd(
     return y, stats
 
 
-def bwd_weight(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Gradients of the weight, and last of the bias, (taps + 1, C) fp32; dy and x not empty."""
+def bwd_weight(dy: Tensor, x: Tensor, weight: Tensor, tuned: Tuned | None = None) -> Tensor:
+    """Gradients of the weight, and last of the bias, (taps + 1, C) fp32; dy and x not empty.
+
+    `tuned` as in `fwd`.
+    """
     dy, x = _readable(dy), _readable(x)
-    C, _, *kernel = weight.shape
+    C, kernel = weight.shape[0], weight.shape[2:]
+    tuned = _tuned("bwd_weight", x, kernel) if tuned is None else tuned
     multiprocessors = _runtime.multiprocessors(x)
     grid, arguments, warps = bwd_weight_config(
-        x.shape, dy.stride(3), x.stride(3), tuple(kernel), multiprocessors
+        x.shape, dy.stride(3), x.stride(3), kernel, multiprocessors, tuned
     )
     partial = x.new_empty(grid[1], math.prod(kernel) + 1, C, dtype=torch.float32)
     with _runtime.on_device(x):

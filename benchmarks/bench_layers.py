@@ -1,0 +1,144 @@
+"""The layers around the two operators: FFN, patch embedding, LayerNorm, BatchNorm + pointwise.
+
+Ours is what the network runs now; rivals are plain PyTorch in NCTHW and, on a GPU, torch.compile of
+ours. Parameters are fp32 under autocast where the dtype has 16 bits, as in training.
+
+Cost, with A elements of the input of C channels, s bytes each: an FFN of 4C hidden channels reads
+and writes 2A forward and 3A backward if its hidden layer stays on chip, for 16 A C and 32 A C
+operations. BatchNorm with batch statistics reads x once for them and once to apply them. LayerNorm
+counts some 8 operations an element. A patch embedding reads its input and writes its output.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import Case, Problem, Provider
+from benchmarks.machine import DTYPES, OURS
+from benchmarks.shapes import Stage, stages
+from uniformer.layers import FFN, PatchEmbed, Pointwise, batch_norm
+
+
+class Run(NamedTuple):
+    """A module, how it is called, and the layout that the call takes and gives."""
+
+    module: nn.Module
+    forward: Callable[[Any, Tensor], Tensor]
+    layout: torch.memory_format | None = None
+
+
+def cases(
+    device: str, batches: Sequence[int], dtypes: Sequence[str], tiny: bool = False
+) -> Iterator[Case]:
+    for stage in stages(tiny):
+        for batch in batches:
+            for dtype in dtypes:
+                yield from _cases(stage, batch, dtype)
+
+
+def _cases(stage: Stage, batch: int, dtype: str) -> Iterator[Case]:
+    size, C = DTYPES[dtype].itemsize, stage.C
+    A = batch * stage.tokens * C
+    cost = {
+        "FFN": ((2 * A * size, 3 * A * size), (16 * A * C, 32 * A * C)),
+        "LayerNorm": ((2 * A * size, 3 * A * size), (8 * A, 16 * A)),
+        "BatchNorm + pointwise": ((3 * A * size, 4 * A * size), (2 * A * C, 4 * A * C)),
+    }
+    dim_in = {1: 3}.get(stage.number, C // 2)
+    taps = 2 * 16 if stage.number == 1 else 4
+    inputs = batch * stage.tokens * taps * dim_in
+    embed = 2 * batch * stage.tokens * C * dim_in * taps
+    cost["patch embedding"] = (
+        ((inputs + A) * size, (2 * inputs + A) * size),
+        (embed, 2 * embed),
+    )
+    local = stage.number <= 2
+    for op, (moved, flops) in cost.items():
+        if op == ("LayerNorm" if local else "BatchNorm + pointwise"):
+            continue
+        yield Case(
+            op, str(stage), stage.number, batch, dtype, partial(problem, op, stage, batch),
+            bytes=moved, flops=flops, autocast=True,
+        )  # fmt: skip
+
+
+def problem(op: str, stage: Stage, batch: int, device: str) -> Problem:
+    torch.manual_seed(0)
+    C = stage.C
+    shape: tuple[int, ...] = (batch, stage.T, stage.H, stage.W, C)
+    ours, plain = call, None
+    module: nn.Module
+    if op == "FFN":
+        module = FFN(C, 4 * C, conv=stage.number <= 2)
+        plain = _ffn_of_convolutions if stage.number <= 2 else None
+    elif op == "LayerNorm":
+        module = nn.LayerNorm(C, eps=1e-6)
+    elif op == "BatchNorm + pointwise":
+        module = nn.Sequential(nn.BatchNorm3d(C), Pointwise(C, C))
+        ours, plain = _batch_norm_pointwise, _batch_norm_convolution
+    else:
+        stem = stage.number == 1
+        kernel, dim_in = ((2, 4, 4) if stem else (1, 2, 2)), (3 if stem else C // 2)
+        shape = (batch, *(n * k for n, k in zip(shape[1:4], kernel, strict=True)), dim_in)
+        module, plain = PatchEmbed(dim_in, C, kernel, kernel), _embedding
+    rivals = {}
+    if plain is not None:
+        rivals["PyTorch NCTHW"] = Run(module, plain, torch.contiguous_format)
+        rivals["PyTorch channels_last_3d"] = Run(module, plain, torch.channels_last_3d)
+    return of_modules(Run(module, ours), rivals, torch.randn(shape, device=device))
+
+
+def of_modules(ours: Run, rivals: Mapping[str, Run], x: Tensor) -> Problem:
+    """A problem whose providers run modules, each a copy of its own."""
+    device = x.device.type
+
+    def provider(run: Run, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Provider:
+        module = copy.deepcopy(run.module).to(device, dtype)
+        call: Any = partial(run.forward, module)
+        call = torch.compile(call) if compiled else call
+        return Provider(lambda x, *_: call(x), list(module.parameters()), run.layout)
+
+    providers = {OURS: provider(ours)} | {name: provider(run) for name, run in rivals.items()}
+    if device == "cuda":
+        for name, run in {OURS: ours, **rivals}.items():
+            providers[f"torch.compile of {name}"] = provider(run, compiled=True)
+    wide = torch.float64 if device == "cpu" else torch.float32  # fp64 would take the lease
+    return Problem(x, providers, provider(ours, wide), wide)
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
+
+
+def _convolution(module: Any, x: Tensor) -> Tensor:
+    return F.conv3d(x, module.weight, module.bias)
+
+
+def _ffn_of_convolutions(module: Any, x: Tensor) -> Tensor:
+    return _convolution(module.fc2, F.gelu(_convolution(module.fc1, x)))
+
+
+def _batch_norm_pointwise(module: Any, x: Tensor) -> Tensor:
+    norm, pointwise = module
+    return pointwise(batch_norm(norm, x))
+
+
+def _batch_norm_convolution(module: Any, x: Tensor) -> Tensor:
+    norm, pointwise = module
+    return _convolution(pointwise, norm(x))
+
+
+def _embedding(module: Any, x: Tensor) -> Tensor:
+    """As in networks that keep (B, C, T, H, W): normalised as tokens, and turned back."""
+    x = module.proj(x)
+    tokens = module.norm(x.flatten(2).transpose(1, 2))
+    return tokens.transpose(1, 2).reshape(x.shape)
+
+
+def test_layers(microbenchmark):
+    microbenchmark()

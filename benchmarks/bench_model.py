@@ -1,0 +1,354 @@
+"""The whole network: inference and training steps, clips a second, memory and energy.
+
+A training step is forward, cross entropy, backward and AdamW, without stochastic depth. Rivals are
+the network in plain PyTorch, `plain.py`: as the official code has it (NCTHW, naive attention), and
+in channels_last_3d with SDPA; on request also through torch.compile. Where the dtype has 16 bits
+all run under autocast, with fp32 parameters. Each is checked against plain PyTorch in fp32.
+"""
+
+import contextlib
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import said
+from benchmarks.machine import DTYPES, OURS, statistics, take_turns
+from benchmarks.plain import PlainUniFormer
+from uniformer import layers
+from uniformer.configs import PRESETS
+from uniformer.flops import count_macs
+from uniformer.model import UniFormer
+from uniformer_kernels.dwconv3d import dwconv3d_ref
+
+TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
+CLASSES = 400
+PASSES = {"L": 11, "G": 26}  # of a block's forward over its activation, as in bench_blocks.py
+MODES = ("inference", "training")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A network, its clips and what is done with them.
+
+    Attributes:
+        model: "uniformer_small", ...
+        frames: T.
+        size: H and W, in pixels.
+        batch: clips a step.
+        dtype: "fp32", "fp16" or "bf16".
+        mode: "inference" or "training".
+    """
+
+    model: str
+    frames: int
+    size: int
+    batch: int
+    dtype: str
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.frames}x{self.size} B={self.batch} {self.dtype} {self.mode}"
+
+
+def runs(device: str, tiny: bool = False) -> Iterator[Run]:
+    """The most telling first: what a lease cuts short is the tail."""
+    if tiny:
+        yield Run("uniformer_nano", 4, 32, 2, "fp32", "training")
+        yield Run("uniformer_nano", 4, 32, 1, "bf16", "inference")
+    elif device == "cpu":
+        yield from _runs_on_cpu()
+    else:
+        yield from _runs_on_gpu()
+
+
+def _runs_on_cpu() -> Iterator[Run]:
+    first = Run("uniformer_small", 16, 224, 1, "fp32", "inference")
+    for dtype in ("fp32", "bf16"):
+        yield replace(first, dtype=dtype)
+        yield replace(first, dtype=dtype, mode="training")
+    for frames in (8, 32):
+        yield replace(first, frames=frames)
+    yield replace(first, size=128)
+    yield replace(first, batch=4)
+    yield replace(first, frames=8, size=128, batch=2, mode="training")
+    yield replace(first, frames=8, size=128, batch=4, mode="training")
+
+
+def _runs_on_gpu() -> Iterator[Run]:
+    first = Run("uniformer_small", 16, 224, 32, "bf16", "inference")
+    for model in ("uniformer_small", "uniformer_base"):
+        for mode in reversed(MODES):
+            yield replace(first, model=model, mode=mode)
+    yield replace(first, batch=1)
+    for batch in (8, 64):
+        for mode in MODES:
+            yield replace(first, batch=batch, mode=mode)
+    for frames in (8, 32):
+        yield replace(first, batch=1, frames=frames)
+        yield replace(first, batch=16, frames=frames, mode="training")
+        yield replace(first, batch=16, frames=frames)
+    for size in (128, 160, 192, 256, 320):
+        yield replace(first, batch=16, size=size)
+    for dtype in ("fp16", "fp32"):
+        for mode in MODES:
+            yield replace(first, batch=8, dtype=dtype, mode=mode)
+
+
+# --- Providers ------------------------------------------------------------------------
+
+
+def providers(run: Run, device: str, compiled: bool) -> dict[str, Callable[[], nn.Module]]:
+    """How to make each network; all have the same parameters."""
+    cfg = replace(PRESETS[run.model], num_classes=CLASSES, drop_path_rate=0.0)
+
+    def made(module: nn.Module, layout: torch.memory_format | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        module.load_state_dict(UniFormer(cfg).state_dict())
+        if layout is not None:
+            module = module.to(memory_format=layout)  # type: ignore[call-overload]
+        return module.to(device).train(run.mode == "training")
+
+    def plain() -> nn.Module:
+        return made(PlainUniFormer(cfg))
+
+    def channels_last() -> nn.Module:
+        return made(PlainUniFormer(cfg, sdpa=True), torch.channels_last_3d)
+
+    def ours() -> nn.Module:
+        return made(UniFormer(cfg))
+
+    found = {OURS: ours, "PyTorch NCTHW": plain, "PyTorch channels_last_3d": channels_last}
+    if run.mode == "training" and device == "cpu" and run.dtype == "fp32" and run.size == 224:
+        # What the depthwise convolution alone is worth: all else is equal.
+        found["uniformer on F.conv3d NCTHW"] = lambda: _on(_ncthw, ours())
+        found["uniformer on F.conv3d channels_last_3d"] = lambda: _on(dwconv3d_ref, ours())
+    if compiled:
+        for name, make in list(found.items()):
+            found[f"torch.compile of {name}"] = partial(_compiled, make)
+    return found
+
+
+def _on(convolution: Callable[..., Tensor], model: Any) -> nn.Module:
+    """The network with another depthwise convolution."""
+    forward = model.forward_features
+
+    def forward_features(x: Tensor) -> Tensor:
+        before, layers.dwconv3d = layers.dwconv3d, convolution
+        try:
+            return forward(x)
+        finally:
+            layers.dwconv3d = before
+
+    model.forward_features = forward_features
+    return model
+
+
+def _ncthw(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False
+) -> Tensor:
+    padding = [k // 2 for k in weight.shape[2:]]
+    y = F.conv3d(x.permute(0, 4, 1, 2, 3).contiguous(), weight, bias, 1, padding, 1, x.shape[-1])
+    y = y.permute(0, 2, 3, 4, 1).contiguous()
+    return x + y if residual else y
+
+
+def _compiled(make: Callable[[], nn.Module]) -> Any:
+    return torch.compile(make())
+
+
+class _Ready:
+    """A network with its clips, to be run again and again."""
+
+    def __init__(self, name: str, model: nn.Module, run: Run, device: str) -> None:
+        self.model, self.device, self.dtype = model, device, DTYPES[run.dtype]
+        generator = torch.Generator().manual_seed(1)
+        shape = (run.batch, 3, run.frames, run.size, run.size)
+        self.clips = torch.randn(shape, generator=generator).to(device)
+        if "PyTorch channels_last_3d" in name:
+            self.clips = self.clips.contiguous(memory_format=torch.channels_last_3d)
+        self.labels = torch.arange(run.batch, device=device) % CLASSES
+        self.step = self._train if run.mode == "training" else self._infer
+        # The learning rate is tiny, so that no provider's network drifts from the others'.
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-12)
+
+    def logits(self) -> Tensor:
+        if self.dtype == torch.float32:
+            return self.model(self.clips)
+        with torch.autocast(self.device, self.dtype):
+            return self.model(self.clips)
+
+    def _infer(self) -> None:
+        with torch.no_grad():
+            self.logits()
+
+    def _train(self) -> None:
+        F.cross_entropy(self.logits().float(), self.labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def saved_mib(self) -> float:
+        """What autograd keeps from forward to backward, parameters aside."""
+        kept: dict[int, int] = {}
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            self.logits()
+        return sum(kept.values()) / 2**20
+
+
+# --- Measuring ------------------------------------------------------------------------
+
+
+def measure(
+    run: Run,
+    device: str,
+    ceilings: Mapping[str, float],
+    *,
+    seconds: float,
+    compiled: bool = False,
+    only: str | None = None,
+) -> list[dict[str, Any]]:
+    """Check every provider, then time those that are right, in turns: a row for each."""
+    cfg = replace(PRESETS[run.model], num_classes=CLASSES)
+    gmacs = sum(r.total for r in count_macs(cfg, run.frames, run.size, run.size)) / 1e9
+    row = {
+        "model": run.model, "frames": run.frames, "size": run.size, "batch": run.batch,
+        "dtype": run.dtype, "mode": run.mode, "gmacs": round(gmacs, 2),
+        "floor_ms": _floor_ms(run, ceilings),
+    }  # fmt: skip
+    making = providers(run, device, compiled)
+    truth = None
+    ready: dict[str, _Ready] = {}
+    extra: dict[str, dict[str, Any]] = {}
+    for name in ["PyTorch NCTHW", *(n for n in making if n != "PyTorch NCTHW")]:
+        if only not in (None, name) and truth is not None:
+            continue
+        try:
+            candidate = _Ready(name, making[name](), run, device)
+            truth = truth or candidate
+            _check(candidate, truth, run.dtype)
+            extra[name] = _memory(candidate, run, device)
+            if only in (None, name):
+                ready[name] = candidate
+        except Exception as error:
+            extra[name] = {"failed": said(error)}
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    steps = {n: r.step for n, r in ready.items()}
+    times = take_turns(steps, device, seconds, least=2 if device == "cpu" else 3)
+    rows = []
+    for name in making:
+        if name in times:
+            found = statistics(times[name])
+            clips = {"clips_per_s": round(run.batch / found["p50_ms"] * 1e3, 3)}
+            energy = {"joules_per_clip": _joules(ready[name], run, device)}
+            rows.append(row | {"provider": name} | found | clips | extra[name] | energy)
+        elif name in extra and "failed" in extra[name]:
+            rows.append(row | {"provider": name} | extra[name])
+    return rows
+
+
+def _floor_ms(run: Run, ceilings: Mapping[str, float]) -> float:
+    """Every block at the fewest passes over its activation, or at its operations at the rate of
+    matrix products, whichever is longer; backward costs twice as much as forward."""
+    cfg, size = PRESETS[run.model], DTYPES[run.dtype].itemsize
+    total = 0.0
+    for row, depth, C in zip(
+        count_macs(cfg, run.frames, run.size, run.size), cfg.depths, cfg.dims, strict=False
+    ):
+        passes = depth * PASSES[row.kind] * math.prod(row.tokens) * C * size
+        flops = 2 * row.total / ceilings[f"{run.dtype}_TFLOPs"] / 1e9
+        total += run.batch * max(passes / ceilings["copy_GBps"] / 1e6, flops)
+    return round(total * (3 if run.mode == "training" else 1), 4)
+
+
+def _result(ready: _Ready, dtype: torch.dtype) -> Tensor:
+    """The feature map: in training the mean of one clip, normalised over that clip, is 0.
+
+    The logits where the network is compiled, whose parts are not."""
+    model: Any = ready.model
+    fn = model if hasattr(model, "_orig_mod") else model.forward_features
+    with torch.no_grad(), torch.autocast(ready.device, dtype, enabled=dtype != torch.float32):
+        return fn(ready.clips).float()
+
+
+def _check(candidate: _Ready, truth: _Ready, dtype: str) -> None:
+    got = _result(candidate, DTYPES[dtype])
+    want = _result(truth, torch.float32)
+    if got.shape != want.shape:
+        want = cast(Any, truth.model).forward_head(want)
+    error = float((got - want).norm() / want.norm())
+    if not error <= TOLERANCE[dtype]:
+        raise ValueError(
+            f"wrong: the result is off by {error:.1e} of its norm, {TOLERANCE[dtype]:.0e} is "
+            f"allowed"
+        )
+
+
+def _memory(candidate: _Ready, run: Run, device: str) -> dict[str, Any]:
+    """MiB at the peak of a step, on a GPU, and MiB that autograd keeps for the backward pass."""
+    found: dict[str, Any] = {"peak_MiB": None, "saved_MiB": None}
+    compiled = hasattr(candidate.model, "_orig_mod")  # hooks would break its graphs
+    if run.mode == "training" and not compiled:
+        found["saved_MiB"] = round(candidate.saved_mib(), 1)
+    if device == "cuda":
+        candidate.step()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        candidate.step()
+        torch.cuda.synchronize()
+        own = sum(p.nbytes for p in candidate.model.parameters())
+        peak = torch.cuda.max_memory_allocated() - before + own
+        found["peak_MiB"] = round(peak / 2**20, 1)
+    return found
+
+
+def _joules(ready: _Ready, run: Run, device: str) -> float | None:
+    """Energy of a clip: the mean of what nvidia-smi reads while steps run for a second."""
+    if device != "cuda" or run.batch < 8:
+        return None
+    command = [
+        "nvidia-smi",
+        "--query-gpu=power.draw",
+        "--format=csv,noheader,nounits",
+        "-lms",
+        "100",
+    ]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        steps, start = 0, time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
+            while time.perf_counter() - start < 1.0:
+                ready.step()
+                torch.cuda.synchronize()
+                steps += 1
+            seconds = time.perf_counter() - start
+            reader.terminate()
+            said_ = reader.stdout.read() if reader.stdout else ""
+        watts = [float(line) for line in said_.splitlines()[2:]]  # the first are from before
+        return round(sum(watts) / len(watts) * seconds / steps / run.batch, 4) if watts else None
+    return None
+
+
+def chosen(device: str, words: Sequence[str], tiny: bool) -> list[Run]:
+    """Runs whose name contains one of `words`; all without words."""
+    return [r for r in runs(device, tiny) if not words or any(word in str(r) for word in words)]
+
+
+def key(row: Mapping[str, Any]) -> tuple:
+    """What a row is a measurement of, whoever made it."""
+    return tuple(row[k] for k in ("model", "frames", "size", "batch", "dtype", "mode"))

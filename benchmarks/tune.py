@@ -1,0 +1,424 @@
+"""Time ways to launch the kernels on this GPU and put the fastest on file for the library.
+
+    python -m benchmarks.tune --seconds 500              # into kernels/uniformer_kernels/tuned.json
+    python -m benchmarks.tune --dry-run --into a.json    # the same on tiny shapes, on any machine
+
+Every shape of the network is run with the default launch, with a list of others, and in CUDA C++.
+First all are compiled, the most promising first, in a process for each processor: one takes up to
+half a minute. Then each is compared with what the default launch returns, and timed. When time is
+up it ends with what it has, and says what is missing.
+
+Where C++ is the fastest, the row holds the fastest launch in Triton all the same, for machines
+that cannot build the library. The environment is that of the last run on such a GPU.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.static_cost import KERNELS
+from uniformer_kernels import _runtime, dwconv3d_native
+
+__all__ = ["main"]
+
+GPU = torch.cuda.is_available()
+BATCH = 32
+COMPILING = 0.8  # of the time, at most: a launch takes half a minute to compile, 0.2 s to time
+PROCESSES = 16  # at most; each has half a GB of the GPU's memory for its context, and a GB of data
+WARM_UP, LAUNCHES = 3, 15
+FLUSH = 256 * 2**20  # bytes, twice the largest second-level cache
+AHEAD = 40  # flushes, 4 ms: the time the host takes to put all launches into the queue
+# Of sums of half a million terms in fp32. Those of a forward are rounded to x's dtype, once.
+TOLERANCE = 1e-4
+
+Row = dict[str, Any]  # as in the file; to launch, its backend and sizes alone
+SIZES = ("NH", "NW", "BLOCK_P", "BLOCK_C")
+
+# NH, NW, BLOCK_P, BLOCK_C, warps. The most promising first, by what the compiler makes of them for
+# sm_90: instructions a product, against the registers that decide how many warps there can be.
+CANDIDATES: dict[tuple[str, int], tuple[tuple[int, ...], ...]] = {
+    ("fwd", 5): (
+        (2, 14, 4, 64, 4), (2, 7, 4, 64, 4), (4, 14, 4, 64, 8), (4, 7, 4, 64, 8),
+        (1, 14, 4, 64, 4), (1, 7, 8, 64, 4), (7, 7, 4, 64, 8), (4, 7, 8, 64, 8),
+        (2, 14, 4, 64, 8), (1, 7, 4, 64, 4), (4, 7, 8, 32, 4), (2, 7, 8, 64, 8),
+        (4, 7, 4, 32, 2), (2, 7, 4, 32, 2),
+    ),
+    ("fwd", 3): (
+        (2, 7, 4, 64, 4), (2, 14, 4, 64, 4), (1, 7, 4, 64, 4), (7, 7, 4, 64, 4),
+        (1, 7, 8, 64, 4), (1, 14, 4, 64, 4), (2, 7, 8, 64, 4), (4, 7, 4, 64, 8),
+        (2, 7, 8, 64, 8), (4, 7, 8, 64, 8), (2, 7, 4, 32, 2), (2, 7, 8, 32, 4),
+        (7, 7, 4, 64, 8), (1, 7, 4, 32, 2),
+    ),
+    ("bwd_weight", 5): (
+        (4, 7, 2, 64, 2), (2, 14, 4, 64, 4), (4, 7, 4, 64, 8), (2, 7, 4, 64, 4),
+        (1, 14, 4, 64, 4), (1, 7, 4, 64, 4), (4, 7, 8, 64, 8), (4, 14, 4, 64, 8),
+        (2, 14, 4, 64, 8), (2, 7, 8, 64, 8), (1, 7, 8, 64, 4), (2, 7, 2, 64, 2),
+        (4, 7, 8, 32, 4), (7, 7, 4, 64, 8),
+    ),
+    ("bwd_weight", 3): (
+        (2, 7, 4, 64, 4), (7, 7, 4, 64, 4), (4, 7, 8, 64, 4), (2, 7, 8, 64, 4),
+        (2, 14, 4, 64, 4), (1, 7, 4, 64, 4), (4, 7, 4, 64, 8), (1, 7, 8, 64, 4),
+        (1, 14, 4, 64, 4), (4, 7, 8, 64, 8), (2, 7, 8, 64, 8), (4, 7, 2, 64, 2),
+        (2, 7, 2, 64, 2), (1, 14, 8, 64, 4),
+    ),
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A direction, a kernel and a shape (B, T, H, W, C)."""
+
+    direction: str
+    k: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        _, T, H, W, C = self.shape
+        return f"{self.direction} {self.k}x{self.k}x{self.k} {self.dtype} {C} {T}x{H}x{W}"
+
+
+def list_cases(dry_run: bool) -> list[Case]:
+    """All of bf16 first, and of it 5x5x5: the network spends most there."""
+    shapes = {
+        k: [(BATCH, T, H, W, C) for C, T, H, W in stages]
+        for k, stages in sorted(KERNELS.items(), reverse=True)
+    }
+    if dry_run:
+        shapes = {3: [(1, 1, 1, 7, 8)]}
+    return [
+        Case(direction, k, dtype, shape)
+        for dtype in ("bf16", "fp16")
+        for k in shapes
+        for shape in shapes[k]
+        for direction in ("fwd", "bwd_weight")
+    ]
+
+
+def _op() -> ModuleType:
+    """Not before `main` has said whether Triton interprets."""
+    from uniformer_kernels import dwconv3d_triton
+
+    return dwconv3d_triton
+
+
+def rows_of(case: Case, dry_run: bool = False) -> list[Row]:
+    """What to try, each launch once: the default, the candidates, C++."""
+    candidates = CANDIDATES[case.direction, case.k][: 1 if dry_run else None]
+    tuned = [dict(zip((*SIZES, "warps"), sizes, strict=True)) for sizes in candidates]
+    rows: list[Row] = []
+    for sizes in [{}, *tuned]:
+        kernel, C = (case.k,) * 3, case.shape[-1]
+        if case.direction == "fwd":
+            config = _op().fwd_config(case.shape, C, kernel, sizes)
+        else:
+            config = _op().bwd_weight_config(case.shape, C, C, kernel, 1, sizes)
+        arguments = {name: config.arguments[name] for name in SIZES}
+        row = {"backend": "triton"} | arguments | {"warps": config.warps}
+        if row not in rows:  # a small shape makes several the same
+            rows.append(row)
+    return [*rows, {"backend": "cuda"}]
+
+
+# --- One launch -----------------------------------------------------------------------
+
+
+class Tensors(NamedTuple):
+    """What a case is run on; parameters in fp32, as in training under autocast."""
+
+    dy: Tensor
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def make(case: Case) -> Tensors:
+    """Random tensors of a case."""
+    C, dtype = case.shape[-1], _runtime.DTYPES[case.dtype]
+    device = "cuda" if GPU else "cpu"
+    return Tensors(
+        torch.randn(case.shape, device=device, dtype=dtype),
+        torch.randn(case.shape, device=device, dtype=dtype),
+        torch.randn(C, 1, *(case.k,) * 3, device=device),
+        torch.randn(C, device=device),
+    )
+
+
+def launch(case: Case, row: Row, tensors: Tensors) -> Tensor:
+    """Run a case as the network does; the DPE, 3x3x3, has a residual."""
+    dy, x, weight, bias = tensors
+    if case.direction == "fwd":
+        if row["backend"] == "cuda":
+            return dwconv3d_native.fwd_cuda(x, weight, bias, case.k == 3)
+        return _op().fwd(x, weight, bias, case.k == 3, tuned=row)
+    if row["backend"] == "cuda":
+        return dwconv3d_native.bwd_weight_cuda(dy, x, weight)
+    return _op().bwd_weight(dy, x, weight, tuned=row)
+
+
+def finish() -> None:
+    """Wait for the GPU; raises what went wrong on it."""
+    if GPU:
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """New memory is NaN: else what a launch leaves out is what the one before has left there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def check(case: Case, got: Tensor, want: Tensor) -> None:
+    """Raise ValueError where a result is another than the default launch's."""
+    bound = TOLERANCE
+    if case.direction == "fwd":
+        bound = 2 * torch.finfo(want.dtype).eps
+    error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
+    if not error <= bound:  # NaN is no less
+        raise ValueError(f"wrong by {error:.1e} of the largest, {bound:.1e} is allowed")
+
+
+def time_ms(run: Callable[[], object]) -> float:
+    """Median of a few launches, on a GPU each with its cache full of something else."""
+    if not GPU:  # once: all that is tried there is this program
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    for _ in range(WARM_UP):
+        run()
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(LAUNCHES)]
+    for _ in range(AHEAD):
+        flush.zero_()
+    for before, after in events:
+        flush.zero_()
+        before.record()
+        run()
+        after.record()
+    finish()
+    return median(before.elapsed_time(after) for before, after in events)
+
+
+def said(error: Exception) -> str:
+    """An error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+# --- All of them ----------------------------------------------------------------------
+
+Failure = tuple[Case, Row, str]  # and why
+
+
+def _attempt(job: tuple[Case, Row]) -> tuple[Case, Row, str | None]:
+    """In a process of its own: what Triton has compiled it keeps on disk, for all."""
+    case, row = job
+    try:
+        launch(case, row, make(case))
+        finish()
+    except Exception as error:  # of any kind: such a launch is not for us
+        return case, row, said(error)
+    return case, row, None
+
+
+def compile_all(
+    rows: Mapping[Case, Sequence[Row]], deadline: float
+) -> tuple[dict[Case, list[Row]], list[Failure]]:
+    """Launch everything once, so that it is compiled: the first of each case first.
+
+    Args:
+        rows: what to try, by case.
+        deadline: when to end, as of `time.monotonic`.
+
+    Returns:
+        What can be launched, in the order of `rows`, and what cannot. What is in neither would
+        have taken longer.
+    """
+    dtypes = list(dict.fromkeys(case.dtype for case in rows))
+    jobs = [(case, row) for case in rows for row in rows[case] if row["backend"] == "triton"]
+    jobs.sort(key=lambda job: (dtypes.index(job[0].dtype), rows[job[0]].index(job[1])))
+    done: list[tuple[Case, Row, str | None]] = []
+
+    def left() -> float:
+        return max(deadline - time.monotonic(), 0)
+
+    processes = min(os.cpu_count() or 1, PROCESSES, len(jobs))
+    # Spawned, since CUDA does not survive a fork. The end of `with` is theirs, whatever they do.
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Pool(processes, torch.set_num_threads, (1,)) as pool,
+        tqdm(total=len(jobs), desc="compile", unit="launch", disable=None) as bar,
+    ):
+        library = pool.apply_async(_runtime.why_not, ("cuda",))  # builds it
+        attempts = pool.imap_unordered(_attempt, jobs)
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            for _ in jobs:
+                done.append(attempts.next(left()))
+                bar.update()
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            why = library.get(left())
+            done += [(case, {"backend": "cuda"}, why) for case in rows]
+    works = [(case, row) for case, row, why in done if why is None]
+    failed = [(case, row, why) for case, row, why in done if why is not None]
+    return {c: [row for row in rows[c] if (c, row) in works] for c in rows}, failed
+
+
+def measure(
+    case: Case, rows: Sequence[Row], deadline: float
+) -> tuple[list[tuple[float, Row]], list[Failure]]:
+    """Milliseconds of each of `rows`, the default first, and which are wrong or fail."""
+    tensors = make(case)
+    times: list[tuple[float, Row]] = []
+    failed: list[Failure] = []
+    want = None
+    for row in rows:
+        if time.monotonic() > deadline:
+            break
+        try:
+            with poisoned():
+                got = launch(case, row, tensors)
+            check(case, got, got if want is None else want)
+            want = got if want is None else want
+            times.append((time_ms(partial(launch, case, row, tensors)), row))
+        except Exception as error:
+            finish()  # raises again where the GPU is lost for this process
+            failed.append((case, row, said(error)))
+            if want is None:  # with nothing to compare with, nothing is right
+                break
+    return times, failed
+
+
+def result(times: Sequence[tuple[float, Row]]) -> Row:
+    """A row of the file, of times of which the default's is the first."""
+    best, launched = min((t for t in times if t[1]["backend"] == "triton"), key=lambda t: t[0])
+    ms = {"triton": best} | {row["backend"]: t for t, row in times if row["backend"] != "triton"}
+    backend = min(ms, key=lambda name: ms[name])
+    rivals = {"default": times[0][0]} | {name: t for name, t in ms.items() if name != backend}
+    return launched | {
+        "backend": backend,
+        "ms": round(ms[backend], 5),
+        "rival_ms": {name: round(t, 5) for name, t in rivals.items()},
+    }
+
+
+# --- The file -------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables that are there, by architecture."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no tables: mend or delete it")
+    return content
+
+
+def write(path: Path, arch: str, environment: Row, key: str, row: Row) -> None:
+    """Put a row among what is there; the file is replaced whole or not at all."""
+    content = read(path)
+    table = content.setdefault(arch, {})
+    table["environment"] = environment
+    table.setdefault("dwconv3d", {})[key] = row
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def environment(batch: int) -> tuple[str, Row]:
+    """The architecture, and what the numbers depend on."""
+    arch, gpu = "cpu", None
+    if GPU:
+        major, minor = torch.cuda.get_device_capability()
+        arch, gpu = f"sm_{major}{minor}", torch.cuda.get_device_name()
+    return arch, {
+        "gpu": gpu, "torch": torch.__version__, "triton": version("triton"), "batch": batch,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+# --- The command line -----------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """See the top of the file."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description="Time the launches of the kernels on this GPU.")
+    parser.add_argument("--seconds", type=float, default=500, help="in all, at most")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any machine")
+    parser.add_argument("--into", type=Path, help="a file instead of the library's")
+    args = parser.parse_args(arguments)
+    if args.dry_run and args.into is None:
+        parser.error("--dry-run measures nothing for the library: say --into FILE")
+    if not args.dry_run and (not GPU or _runtime.interpreting()):
+        parser.error("this needs a CUDA device, and TRITON_INTERPRET unset; or --dry-run")
+    if not GPU and not _runtime.interpreting():  # Triton asks when it is imported, as it is by now
+        os.environ["TRITON_INTERPRET"] = "1"
+        again = sys.argv[1:] if arguments is None else arguments
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tune", *again])
+    into = args.into or _runtime.TUNED
+    read(into)  # rather fail now than when all is measured
+    if not os.access(into.parent, os.W_OK):
+        parser.error(f"{into.parent} cannot be written to: say --into FILE")
+
+    rows = {case: rows_of(case, args.dry_run) for case in list_cases(args.dry_run)}
+    deadline = started + args.seconds
+    works, failed = compile_all(rows, started + COMPILING * args.seconds)
+    arch, where = environment(batch=next(iter(rows)).shape[0])
+    found: dict[Case, Row] = {}
+    timed = 0
+    try:
+        for case in tqdm(rows, desc="time", unit="shape", disable=None):
+            if rows[case][0] not in works[case] or time.monotonic() > deadline:
+                continue
+            times, wrong = measure(case, works[case], deadline)
+            timed, failed = timed + len(times), failed + wrong
+            if len(times) > 1:
+                found[case] = result(times)
+                write(into, arch, where, case.key, found[case])
+    finally:
+        print(report(rows, found, timed, failed))
+
+
+def report(
+    rows: Mapping[Case, Sequence[Row]], found: Mapping[Case, Row], timed: int, failed: list[Failure]
+) -> str:
+    """What was found, what was skipped and why, and what is missing."""
+    lines = [
+        f"{case.key}: {row['backend']} {row['ms']:.4f} ms, "
+        + ", ".join(f"{name} {ms:.4f}" for name, ms in row["rival_ms"].items())
+        for case, row in found.items()
+    ]
+    lines += [
+        f"skipped {case.key}, {' '.join(map(str, row.values()))}: {why}"
+        for case, row, why in failed
+    ]
+    missing = sum(map(len, rows.values())) - timed - len(failed)
+    lines.append(f"{timed} launches timed, {len(failed)} skipped, {missing} not tried")
+    if lacking := [case.key for case in rows if case not in found]:
+        lines.append(f"without a result: {'; '.join(lacking)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
