@@ -64,6 +64,8 @@ def _cases(stage: Stage, batch: int, dtype: str) -> Iterator[Case]:
         yield Case(
             op, str(stage), stage.number, batch, dtype, partial(problem, op, stage, batch),
             bytes=moved, flops=flops, autocast=True,
+            # Gradients before a LayerNorm all but cancel: in 16 bits every provider is 0.1 off.
+            slack=6 if op == "patch embedding" and dtype != "fp32" else 1,
         )  # fmt: skip
 
 

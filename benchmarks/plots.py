@@ -16,6 +16,7 @@ __all__ = ["draw", "latency", "memory", "regression", "roofline", "throughput"]
 
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")  # Okabe-Ito
 MARKERS = "os^DvPX*"
+COMPILED = "torch.compile of "
 MOST_BARS = 30  # more are too small to read
 
 
@@ -28,18 +29,13 @@ def draw(
     except ImportError:
         return ["No pictures: matplotlib is not installed here.", ""]
     ops, models = now["ops"], now["models"]
-    measured = [*group(ops).values(), *group(models).values()]
-    providers = dict.fromkeys([OURS, *(who for rows in measured for who in rows)])
-    styles = {
-        who: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, who in enumerate(providers)
-    }
+    styles, of_models = _styles(ops), _styles(models)
     changed = changes(ops, before.get("ops")) | changes(models, before.get("models"))
     figures = {
         "roofline": roofline(ops, styles, "fp32" if device == "cpu" else "bf16"),
-        "throughput": throughput(models, styles),
-        "memory": memory(models, styles),
-        "latency": latency(models, styles),
+        "throughput": throughput(models, of_models),
+        "memory": memory(models, of_models),
+        "latency": latency(models, of_models),
         "regression": regression(changed),
     }
     lines = []
@@ -48,6 +44,18 @@ def draw(
             figure.savefig(folder / f"{name}_{device}.png")
             lines += [f"![{name}]({name}_{device}.png)", ""]
     return lines
+
+
+def _styles(results: Results | None) -> dict[str, dict]:
+    """Colour and marker of each provider; compiled by torch.compile it has the same, hollow."""
+    found = dict.fromkeys([OURS, *(who for rows in group(results).values() for who in rows)])
+    bases = list(dict.fromkeys(who.removeprefix(COMPILED) for who in found))
+    styles = {}
+    for who in found:
+        i = bases.index(who.removeprefix(COMPILED))
+        styles[who] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        styles[who]["fillstyle"] = "none" if who.startswith(COMPILED) else "full"
+    return styles
 
 
 def roofline(ops: Results | None, styles: dict[str, dict], dtype: str) -> Any:
@@ -102,7 +110,7 @@ def _ceilings(axes: Any, points: list[tuple], ceilings: dict[str, float], dtype:
 def throughput(models: Results | None, styles: dict[str, dict]) -> Any:
     """Clips a second of every provider at its own best batch, a panel for each mode."""
     best: dict[str, dict[tuple[str, str], Row]] = {}
-    for case, rows in _usual_clip(models).items():
+    for case, rows in _usual_clip(group(models)).items():
         bars = best.setdefault(case.way, {})
         for who, row in rows.items():
             key = f"{case.name}\n{row['frames']} frames, {case.dtype}", who
@@ -115,7 +123,9 @@ def throughput(models: Results | None, styles: dict[str, dict]) -> Any:
         ticks: dict[str, list[float]] = {}
         for i, ((what, who), row) in enumerate(sorted(bars.items(), key=lambda bar: bar[0][0])):
             ticks.setdefault(what, []).append(y := i + 0.7 * len(ticks))
-            axes.barh(y, row["clips_per_s"], 0.9, color=styles[who]["color"], label=who)
+            colour, hollow = styles[who]["color"], styles[who]["fillstyle"] == "none"
+            fill = {"color": "none", "edgecolor": colour, "hatch": "///"} if hollow else {}
+            axes.barh(y, row["clips_per_s"], 0.9, **({"color": colour} | fill), label=who)
             text = f" {number(row['clips_per_s'])} (B={row['batch']})"
             axes.text(row["clips_per_s"], y, text, va="center", fontsize=9)
         axes.set_yticks([fmean(ys) for ys in ticks.values()], list(ticks))
@@ -126,7 +136,8 @@ def throughput(models: Results | None, styles: dict[str, dict]) -> Any:
 
 def memory(models: Results | None, styles: dict[str, dict]) -> Any:
     """Memory of training over the batch: the peak, or else what is kept for the backward."""
-    training = {case: rows for case, rows in _usual_clip(models).items() if case.way == "training"}
+    cases = {case: rows for case, rows in group(models).items() if case.way == "training"}
+    training = _usual_clip(cases)
     kinds = {"peak_MiB": "peak memory of training, MiB", "saved_MiB": "kept for the backward, MiB"}
     for kind, title in kinds.items():
         points = [
@@ -170,9 +181,8 @@ def regression(found: dict[Case, float]) -> Any:
     return figure
 
 
-def _usual_clip(models: Results | None) -> dict[Case, dict[str, Row]]:
+def _usual_clip(cases: dict[Case, dict[str, Row]]) -> dict[Case, dict[str, Row]]:
     """The cases of the clip that each model was measured with most."""
-    cases = group(models)
     shapes: dict[str, Counter[str]] = {}
     for case in cases:
         shapes.setdefault(case.name, Counter())[case.shape] += 1
