@@ -251,7 +251,7 @@ def measure(
         if device == "cuda":
             torch.cuda.empty_cache()
     steps = {n: r.step for n, r in ready.items()}
-    times = take_turns(steps, device, seconds, least=2 if device == "cpu" else 3)
+    times = take_turns(steps, device, seconds)
     rows = []
     for name in making:
         if name in times:

@@ -85,7 +85,9 @@ def library(name: str, command: Sequence[str], cache: Path) -> Path:
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     built = cache / f"lib{name}-{key}.so"
     if not _is_whole(built):
-        log.info("building lib%s with %s, once, into %s", name, command[0], cache)
+        log.warning(
+            "building lib%s with %s, once, for some 20 seconds, into %s", name, command[0], cache
+        )
         compile_library(files, command, built)
     return built
 
@@ -118,9 +120,14 @@ def compile_library(files: Sequence[Path], command: Sequence[str], built: Path) 
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         with (Path(folder) / "build.ninja").open("w") as file:
             writer = Writer(file)  # type: ignore[arg-type]  # its annotation is wrong
-            quoted = " ".join(f"'{part}'" for part in command)
-            writer.rule("compile", f"{quoted} -o $out $in", description="$in")
-            writer.build(["library"], "compile", [str(f) for f in files])
+            linker = " ".join(f"'{part}'" for part in command)
+            compiler = " ".join(f"'{part}'" for part in command if part != "-shared")
+            writer.rule("compile", f"{compiler} -c -o $out $in", description="$in")
+            writer.rule("link", f"{linker} -o $out $in", description="$out")
+            objects = [f"{file.name}.o" for file in files]
+            for file, compiled in zip(files, objects, strict=True):
+                writer.build([compiled], "compile", [str(file)])
+            writer.build(["library"], "link", objects)
         done = subprocess.run(
             [os.path.join(BIN_DIR, "ninja"), "-C", folder, "library"],
             capture_output=True, text=True, errors="replace",
