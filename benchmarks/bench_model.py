@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
 CLASSES = 400
 PASSES = {"L": 11, "G": 26}  # of a block's forward over its activation, as in bench_blocks.py
 MODES = ("inference", "training")
+SIZES = (128, 160, 192, 224, 256, 320)
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,18 @@ class Run:
         return f"{self.model} {self.frames}x{self.size} B={self.batch} {self.dtype} {self.mode}"
 
 
-def runs(device: str, tiny: bool = False) -> Iterator[Run]:
+def runs(device: str, tiny: bool = False, full: bool = False) -> Iterator[Run]:
     """The most telling first: what a lease cuts short is the tail."""
+    usual = dict.fromkeys(_usual_runs(device, tiny))
+    yield from usual
+    if full:
+        every = product(
+            ("uniformer_small", "uniformer_base"), (8, 16, 32), SIZES, (1, 8, 32), DTYPES, MODES
+        )
+        yield from (run for run in (Run(*fields) for fields in every) if run not in usual)
+
+
+def _usual_runs(device: str, tiny: bool) -> Iterator[Run]:
     if tiny:
         yield Run("uniformer_nano", 4, 32, 2, "fp32", "training")
         yield Run("uniformer_nano", 4, 32, 1, "bf16", "inference")
@@ -95,8 +107,12 @@ def _runs_on_gpu() -> Iterator[Run]:
         yield replace(first, batch=1, frames=frames)
         yield replace(first, batch=16, frames=frames, mode="training")
         yield replace(first, batch=16, frames=frames)
-    for size in (128, 160, 192, 256, 320):
-        yield replace(first, batch=16, size=size)
+    for size in SIZES:
+        if size != 224:
+            yield replace(first, batch=16, size=size)
+    for frames in (8, 32):
+        for mode in MODES:
+            yield replace(first, model="uniformer_base", batch=16, frames=frames, mode=mode)
     for dtype in ("fp16", "fp32"):
         for mode in MODES:
             yield replace(first, batch=8, dtype=dtype, mode=mode)
@@ -347,9 +363,11 @@ def _joules(ready: _Ready, run: Run, device: str) -> float | None:
     return None
 
 
-def chosen(device: str, words: Sequence[str], tiny: bool) -> list[Run]:
+def chosen(device: str, words: Sequence[str], tiny: bool, full: bool = False) -> list[Run]:
     """Runs whose name contains one of `words`; all without words."""
-    return [r for r in runs(device, tiny) if not words or any(word in str(r) for word in words)]
+    return [
+        r for r in runs(device, tiny, full) if not words or any(word in str(r) for word in words)
+    ]
 
 
 def key(row: Mapping[str, Any]) -> tuple:

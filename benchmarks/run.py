@@ -68,13 +68,16 @@ TIERS = {
         Tier(ALL[2:], (8,), ("bf16", "fp16", "fp32")),
     ),
 }
+TINY = Tier(ALL, (2,), ("fp32",))
+FULL = Tier(ALL, (1, 8, 32), ("bf16", "fp16", "fp32"))
 SAME = ("processor", "gpu", "torch", "triton", "commit", "threads")  # for results to be resumed
 
 
-def cases(device: str, tiny: bool = False) -> Iterator[Case]:
+def cases(device: str, tiny: bool = False, full: bool = False) -> Iterator[Case]:
     """All cases of operators, layers and blocks, the most telling first."""
     seen = set()
-    for tier in (Tier(ALL, (2,), ("fp32",)),) if tiny else TIERS[device]:
+    tiers = (TINY,) if tiny else (*TIERS[device], FULL) if full else TIERS[device]
+    for tier in tiers:
         for file in tier.files:
             for case in file.cases(device, tier.batches, tier.dtypes, tiny):
                 if str(case) not in seen and tier.word in str(case):
@@ -89,10 +92,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("words", nargs="*", help="only what has one of these in its name")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=0.5, help="a direction of a case, about")
+    parser.add_argument("--seconds", type=float, default=0.4, help="a direction of a case, about")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds; nothing starts later")
     parser.add_argument("--compiled", action="store_true", help="torch.compile of the networks too")
     parser.add_argument("--resume", action="store_true", help="keep what is measured already")
+    parser.add_argument("--full", action="store_true", help="every batch, dtype, clip; hours")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the program")
     parser.add_argument("--only", help="the one provider to run")
     parser.add_argument("--base", help="a git revision to compare ours with")
@@ -120,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _ops(args: argparse.Namespace) -> None:
-    chosen = harness.chosen(cases(args.device, args.tiny), args.words)
+    chosen = harness.chosen(cases(args.device, args.tiny, args.full), args.words)
 
     def rows(case: Case, ceilings: dict[str, float]) -> list[dict[str, Any]]:
         return harness.measure(case, args.device, ceilings, seconds=args.seconds, only=args.only)
@@ -132,7 +136,7 @@ def _ops(args: argparse.Namespace) -> None:
 
 
 def _models(args: argparse.Namespace) -> None:
-    chosen = bench_model.chosen(args.device, args.words, args.tiny)
+    chosen = bench_model.chosen(args.device, args.words, args.tiny, args.full)
 
     def rows(run: bench_model.Run, ceilings: dict[str, float]) -> list[dict[str, Any]]:
         # A training step and a network of 16 frames take seconds on a CPU.

@@ -87,12 +87,18 @@ def _print_model(name: str, cfg: UniFormerConfig, frames: int, size: int) -> Non
     print(f"  GMACs       {total / 1e9:.1f}   (the paper's GFLOPs; {2 * total / 1e9:.1f} GFLOP)")
     print()
     columns = ("embed", "dpe", "pointwise", "affinity", "ffn", "norm", "total")
-    print(f"  {'stage':<7}{'T x H x W':<14}" + "".join(f"{c:>11}" for c in columns) + "   params")
+    print(
+        f"  {'stage':<7}{'blocks':<8}{'T x H x W':<14}"
+        + "".join(f"{c:>11}" for c in columns)
+        + "   params"
+    )
     for row in stages:
         label = f"{row.stage} {row.kind}" if row.stage <= 4 else "head"
         tokens = " x ".join(map(str, row.tokens)) if row.stage <= 4 else ""
         values = "".join(f"{getattr(row, c) / 1e9:>11.3f}" for c in columns)
-        print(f"  {label:<7}{tokens:<14}{values}{_stage_parameters(model, row) / 1e6:>8.2f}M")
+        depth = cfg.depths[row.stage - 1] if row.stage <= 4 else ""
+        parameters = _stage_parameters(model, row)
+        print(f"  {label:<7}{depth:<8}{tokens:<14}{values}{parameters / 1e6:>8.2f}M")
 
 
 def _stage_parameters(model: UniFormer, row: StageMacs) -> int:

@@ -125,8 +125,8 @@ def compile_library(files: Sequence[Path], command: Sequence[str], built: Path) 
             writer.rule("compile", f"{compiler} -c -o $out $in", description="$in")
             writer.rule("link", f"{linker} -o $out $in", description="$out")
             objects = [f"{file.name}.o" for file in files]
-            for file, compiled in zip(files, objects, strict=True):
-                writer.build([compiled], "compile", [str(file)])
+            for path, compiled in zip(files, objects, strict=True):
+                writer.build([compiled], "compile", [str(path)])
             writer.build(["library"], "link", objects)
         done = subprocess.run(
             [os.path.join(BIN_DIR, "ninja"), "-C", folder, "library"],
