@@ -10,7 +10,7 @@
 //
 // Tiles do not depend on the number of threads, each sums on its own, and their sums are added in
 // one order: the result is the same every time.
-//
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>

@@ -8,9 +8,7 @@
 // padding nor a copy of x is needed, and no product with a zero is made.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <new>
 #include <vector>
 
