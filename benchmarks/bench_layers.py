@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -107,6 +108,8 @@ def of_modules(ours: Run, rivals: Mapping[str, Run], x: Tensor) -> Problem:
 
     providers = {OURS: provider(ours)} | {name: provider(run) for name, run in rivals.items()}
     if device == "cuda":
+        # Compiled, a backward pass otherwise reuses what the forward kept, and runs but once.
+        functorch_config.donated_buffer = False
         for name, run in {OURS: ours, **rivals}.items():
             providers[f"torch.compile of {name}"] = provider(run, compiled=True)
     wide = torch.float64 if device == "cpu" else torch.float32  # fp64 would take the lease

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import said
-from benchmarks.machine import DTYPES, OURS, statistics, take_turns
+from benchmarks.machine import DTYPES, OURS, said, statistics, take_turns
 from benchmarks.plain import PlainUniFormer
 from uniformer import layers
 from uniformer.configs import PRESETS
@@ -267,7 +266,9 @@ def measure(
         if device == "cuda":
             torch.cuda.empty_cache()
     steps = {n: r.step for n, r in ready.items()}
-    times = take_turns(steps, device, seconds)
+    failed: dict[str, str] = {}
+    times = take_turns(steps, device, seconds, failed=failed)
+    extra |= {name: {"failed": why} for name, why in failed.items()}
     rows = []
     for name in making:
         if name in times:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import DTYPES, rounded, statistics, take_turns
+from benchmarks.machine import DTYPES, rounded, said, statistics, take_turns
 
 __all__ = [
-    "DIRECTIONS", "Case", "Problem", "Provider", "Ready", "chosen", "measure", "prepare", "said",
+    "DIRECTIONS", "Case", "Problem", "Provider", "Ready", "chosen", "measure", "prepare",
 ]  # fmt: skip
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -204,12 +204,12 @@ def measure(
     ready, failed = prepare(case, device, only)
     rows = []
     for direction in directions:
-        times = take_turns(
-            {name: getattr(r, direction) for name, r in ready.items()}, device, seconds
-        )
+        fns = {name: getattr(r, direction) for name, r in ready.items()}
+        failed_now: dict[str, str] = {}
+        times = take_turns(fns, device, seconds, failed=failed_now)
         for name, ms in times.items():
             rows.append(_row(case, direction, name, ceilings) | statistics(ms))
-        for name, why in failed.items():
+        for name, why in (failed | failed_now).items():
             rows.append(_row(case, direction, name, ceilings) | {"failed": why})
     return rows
 
@@ -239,12 +239,6 @@ def prepare(
         except Exception as error:  # a rival may fail as it likes: its row says so
             failed[name] = said(error)
     return ready, failed
-
-
-def said(error: Exception) -> str:
-    """An error on one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _row(case: Case, direction: str, provider: str, ceilings: Mapping[str, float]) -> dict:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 __all__ = [
     "DTYPES", "OURS", "RESULTS", "ROOT", "ceilings", "environment", "git", "read", "rounded",
-    "save", "slug", "statistics", "take_turns",
+    "said", "save", "slug", "statistics", "take_turns",
 ]  # fmt: skip
 
 OURS = "uniformer"
@@ -36,18 +36,28 @@ def take_turns(
     seconds: float,
     least: int = 3,
     most: int = 50,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call of each function, in turns until `seconds` have passed.
+
+    A function whose first call raises is left out, and why is put into `failed`, if that is given.
 
     On a GPU its own clock is read, and its cache is filled with something else before every call,
     which also keeps it busy until the call is in its queue.
     """
     timer = _cuda_timer() if device == "cuda" else _cpu_ms
-    for fn in fns.values():  # what the first call compiles, allocates and plans
-        fn()
-        if device == "cuda":
+    fns = dict(fns)
+    for name, fn in list(fns.items()):  # what the first call compiles, allocates and plans
+        try:
             fn()
-            torch.cuda.synchronize()
+            if device == "cuda":
+                fn()
+                torch.cuda.synchronize()
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = said(error)
+            del fns[name]
     times: dict[str, list[float]] = {name: [] for name in fns}
     end = time.perf_counter() + seconds
     gc.collect()
@@ -61,6 +71,12 @@ def take_turns(
     finally:
         gc.enable()
     return times
+
+
+def said(error: Exception) -> str:
+    """An error on one line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _cpu_ms(fn: Callable[[], None]) -> float:

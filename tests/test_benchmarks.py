@@ -61,6 +61,19 @@ def test_a_rival_that_raises_is_a_row_that_says_so():
     assert [r.get("failed") for r in rows] == [None, "RuntimeError: not on this machine"]
 
 
+def test_a_rival_that_fails_later_is_a_row_too():
+    calls = []
+
+    def once(x, w):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("no second time")
+        return x * w
+
+    rows = measure(a_case(right=scaled, once=once), directions=["forward", "both"])
+    assert [r.get("failed") for r in rows] == [None, "RuntimeError: no second time"] * 2
+
+
 def test_a_wrong_network_is_refused(monkeypatch):
     class Wrong(bench_model.PlainUniFormer):
         def forward_features(self, x):
