@@ -1,13 +1,9 @@
-import importlib
-
 import pytest
 import torch
 
 from tests.check import assert_matches
 from uniformer_kernels import attention, backend
 from uniformer_kernels.attention import attention_ref
-
-attention_module = importlib.import_module("uniformer_kernels.attention")
 
 
 # One token; fewer tokens than channels; a stage-4 width with an odd number of tokens.
@@ -39,14 +35,6 @@ def test_scale_and_dropout_are_honoured():
     for path in ("auto", "reference"):
         with backend(path):
             assert not torch.allclose(attention(qkv, 2, dropout=0.5), attention(qkv, 2))
-
-
-@pytest.mark.parametrize("limit", [0, 2**20])
-def test_sixteen_bits_on_either_path(limit, monkeypatch, device):
-    """A CPU multiplies matrices as long as the affinity is small, and fuses from there on."""
-    monkeypatch.setattr(attention_module, "AFFINITY", limit)
-    qkv = torch.randn(2, 49, 3 * 4 * 32, device=device, dtype=torch.bfloat16)
-    assert_matches(lambda x: attention(x, 4), lambda x: attention_ref(x, 4), [qkv])
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 25), (2, 4, 3, 8)], ids=str)

@@ -348,6 +348,57 @@ def test_torch_func_runs_in_plain_pytorch_and_says_so(device, fast, caplog, monk
     assert ("torch.func" in caplog.text) == (fast != "reference")
 
 
+@pytest.mark.skipif(GPU, reason="complex views and zero tensors are the CPU's here")
+def test_tensors_whose_memory_is_not_what_they_hold(fast):
+    x, weight, bias = inputs((1, 2, 4, 8, 16), (3, 3, 3), "cpu")
+    want = dwconv3d_ref(-x, -weight, -bias)
+    negated = [torch._neg_view(t) for t in (x, weight, bias)]
+    torch.testing.assert_close(dwconv3d(*negated), want, rtol=1e-4, atol=1e-4)
+    leaf = weight.clone().requires_grad_()
+    dy = torch._neg_view(torch.randn_like(x))
+    (dw,) = torch.autograd.grad(dwconv3d(x, leaf), leaf, dy)
+    (want,) = torch.autograd.grad(dwconv3d_ref(x, leaf), leaf, dy.clone())
+    torch.testing.assert_close(dw, want, rtol=1e-4, atol=1e-3)
+    zero = torch._efficientzerotensor(1, 2, 4, 8, 16)
+    assert torch.equal(dwconv3d(zero, weight), torch.zeros(x.shape))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, within
+def test_forward_mode_differentiation_runs_in_plain_pytorch(device, fast):
+    x, weight, bias = inputs((1, 2, 3, 8, 16), (3, 3, 3), device)
+    tangent = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        y = dwconv3d(torch.autograd.forward_ad.make_dual(x, tangent), weight, bias)
+        got = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(got, dwconv3d_ref(tangent, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_by_torch_jit_it_is_pytorchs(device, fast):
+    x, weight, bias = inputs((1, 2, 3, 8, 16), (3, 3, 3), device)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return dwconv3d(x, weight, bias)
+
+    traced = torch.jit.trace(Module(), x)
+    other = torch.randn_like(x)
+    torch.testing.assert_close(traced(other), dwconv3d_ref(other, weight, bias))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batches_of_gradients(device, fast):
+    """As of `jacobian(vectorize=True)`: vmap over the backward pass."""
+    leaves = [t.requires_grad_() for t in inputs((1, 2, 3, 8, 16), (3, 3, 3), device)]
+    y = dwconv3d(*leaves, residual=True)
+    several = torch.randn(3, *y.shape, device=device)
+    batched = torch.autograd.grad(y, leaves, several, retain_graph=True, is_grads_batched=True)
+    for i, dy in enumerate(several):
+        one = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        for got, want in zip(batched, one, strict=True):
+            torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-3)
+
+
 def test_operations_are_counted(device, fast):
     x, weight, bias = inputs((1, 2, 3, 4, 8), (3, 5, 3), device)
     with FlopCounterMode(display=False) as counter:

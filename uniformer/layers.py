@@ -71,7 +71,7 @@ class Pointwise(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., out_dim)."""
-        if x.device.type == "cpu" and x.ndim == 5:
+        if x.device.type == "cpu" and x.ndim == 5 and x.numel() > 0:
             return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
         return F.linear(x, self.weight.flatten(1), self.bias)
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from uniformer_kernels import _native
 
 __all__ = [
-    "BACKENDS", "announce", "backend", "current_backend", "interpreting", "multiprocessors",
-    "native_library", "on_device", "parallel_for", "register", "report", "serving",
-    "tuned", "under_torch_func", "why_not",
+    "BACKENDS", "announce", "backend", "current_backend", "functorch_is_active", "interpreting",
+    "multiprocessors", "native_library", "on_device", "parallel_for", "register", "report",
+    "serving", "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
 
 log = logging.getLogger("uniformer.kernels")
@@ -110,13 +111,22 @@ def _default(serves: Mapping[str, tuple[str, ...]], device: str) -> tuple[str, s
 
 
 def under_torch_func(op: str) -> bool:
-    """Whether a transform of torch.func is at work, which no custom operator's gradient bears."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    """Whether a transform of torch.func is at work, or forward-mode differentiation, or the tracer
+    of torch.jit: an operator's gradient bears none of them."""
+    if torch.compiler.is_compiling():
         return False
-    announce(
-        f"{op} runs in plain PyTorch, slower than it could", "torch.func bears no custom operators"
-    )
+    if torch._C._get_tracing_state() is not None:
+        return True  # what is traced is PyTorch's, as in DepthwiseConv3d
+    if not functorch_is_active() and forward_ad._current_level < 0:
+        return False
+    why = "neither torch.func nor forward-mode differentiation bears its operators"
+    announce(f"{op} runs in plain PyTorch, slower than it could", why)
     return True
+
+
+def functorch_is_active() -> bool:
+    """Whether tensors may be those of vmap or grad, which have no memory of their own."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def announce(what: str, why: str) -> None:

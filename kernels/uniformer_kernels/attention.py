@@ -6,7 +6,6 @@ Shapes: B clips, N tokens, 3 for q | k | v, h heads, d channels a head.
 Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 4 and 7.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,11 +13,6 @@ from uniformer_kernels._runtime import register, serving
 
 __all__ = ["attention", "attention_ref"]
 
-
-# In bf16 on a CPU two matrix products take half the time of PyTorch's fused attention, forward and
-# backward, at N = 392, and 0.8 of it at 1568 ("naive" beside "SDPA flash" in
-# benchmarks/results/ops_cpu.json). Backward needs the affinity: this is the most of it, in bytes.
-AFFINITY = 64 * 2**20
 
 register("attention", {"cpu": ("sdpa",), "cuda": ("sdpa",)})  # PyTorch's
 
@@ -67,15 +61,8 @@ def attention(
         raise ValueError(
             f"qkv must be (B, N, 3*h*d) with h = {num_heads} heads, got shape {tuple(qkv.shape)}"
         )
-    if serving("attention", qkv.device) == "reference" or _is_faster_unfused(qkv, num_heads):
+    if serving("attention", qkv.device) == "reference":
         return attention_ref(qkv, num_heads, scale, dropout)
     q, k, v = _split(qkv, num_heads)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2).flatten(2)
-
-
-def _is_faster_unfused(qkv: Tensor, num_heads: int) -> bool:
-    if qkv.device.type != "cpu" or qkv.dtype != torch.bfloat16:
-        return False
-    B, N, _ = qkv.shape
-    return B * num_heads * N * N * qkv.element_size() <= AFFINITY

@@ -14,10 +14,10 @@ Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 6 and 8.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -175,21 +175,27 @@ def _bwd_kernel(
     dx, dw, db = _bwd_fake(dy, x, weight, residual, with_dx, with_dw)
     if dy.numel() == 0:
         return dx, dw.zero_(), db.zero_()
-    if by_dw != "reference":
-        if with_dx:
-            dx = _fwd_by(by_dx, dy, weight, None, residual, mirror=True)
-        if with_dw:
-            grads = _bwd_weight_by(by_dw, dy, x, weight)  # (taps + 1, C), the bias last
-            dw.copy_(grads[:-1].t().unflatten(1, (1, *weight.shape[2:])))
-            db.copy_(grads[-1])
-    else:
-        weight_ = weight.to(x.dtype)
-        dx_, dw_, db_ = _bwd_ref(dy, x, weight_, [with_dx, with_dw, with_dw])
-        if dx_ is not None:
-            dx = dx_.permute(0, 2, 3, 4, 1).contiguous()
-            dx = dx.add_(dy) if residual else dx
-        if dw_ is not None and db_ is not None:
-            dw, db = dw_.to(weight.dtype), db_.to(weight.dtype)
+    if by_dw == "reference":
+        return _bwd_pytorch(dy, x, weight, residual, with_dx, with_dw)
+    if with_dx:
+        dx = _fwd_by(by_dx, dy, weight, None, residual, mirror=True)
+    if with_dw:
+        grads = _bwd_weight_by(by_dw, dy, x, weight)  # (taps + 1, C), the bias last
+        dw.copy_(grads[:-1].t().unflatten(1, (1, *weight.shape[2:])))
+        db.copy_(grads[-1])
+    return dx, dw, db
+
+
+def _bwd_pytorch(
+    dy: Tensor, x: Tensor, weight: Tensor, residual: bool, with_dx: bool, with_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dw, db = _bwd_fake(dy, x, weight, residual, with_dx, with_dw)
+    dx_, dw_, db_ = _bwd_ref(dy, x, weight.to(x.dtype), [with_dx, with_dw, with_dw])
+    if dx_ is not None:
+        dx = dx_.permute(0, 2, 3, 4, 1).contiguous()
+        dx = dx + dy if residual else dx
+    if dw_ is not None and db_ is not None:
+        dw, db = dw_.to(weight.dtype), db_.to(weight.dtype)
     return dx, dw, db
 
 
@@ -237,39 +243,54 @@ class _Bwd(torch.autograd.Function):
         return g_dy, g_x, g_weight, None, None, None
 
 
-_OPS: dict[str, tuple[Any, Any, Any]] = {
-    "fwd": (_fwd, _fwd_kernel, _Fwd),
-    "bwd": (_bwd, _bwd_kernel, _Bwd),
+class _Op(NamedTuple):
+    op: Any
+    kernel: Callable
+    plain: Callable  # in plain PyTorch, which vmap understands
+    function: Any
+
+
+_OPS = {
+    "fwd": _Op(_fwd, _fwd_kernel, _fwd_pytorch, _Fwd),
+    "bwd": _Op(_bwd, _bwd_kernel, _bwd_pytorch, _Bwd),
 }
 
 
 def _call(name: str, *args: Any) -> Any:
     """The operator, past PyTorch's dispatcher where only autograd listens: it takes 20-50 us."""
-    if not _only_autograd_listens(args):
-        return _OPS[name][0](*args)
-    return _with_autograd(name, *args)
+    if torch.compiler.is_compiling():
+        return _OPS[name].op(*args)
+    if _runtime.functorch_is_active():  # in a batched backward pass; dwconv3d itself never calls
+        return _OPS[name].plain(*args)
+    return _with_autograd(name, *args) if _only_autograd_listens(args) else _OPS[name].op(*args)
 
 
 def _with_autograd(name: str, *args: Any) -> Any:
     tensors = (a for a in args if isinstance(a, Tensor))
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _OPS[name][2].apply(*args)
+        return _OPS[name].function.apply(*args)
     return _below_autograd(name, *args)
 
 
 def _below_autograd(name: str, *args: Any) -> Any:
-    op, kernel, _ = _OPS[name]
     if _only_autograd_listens(args):
-        return kernel(*args)
+        return _OPS[name].kernel(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return _OPS[name].op(*args)
 
 
 def _only_autograd_listens(args: Sequence) -> bool:
-    """No compiler, no mode such as a counter of operations, no tensor of a kind of its own."""
+    """No compiler, no mode such as a counter of operations, and tensors as plain as they come."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(a) in (Tensor, Parameter) for a in args if isinstance(a, Tensor))
+    return all(_is_plain(a) for a in args if isinstance(a, Tensor))
+
+
+def _is_plain(t: Tensor) -> bool:
+    """No subclass, and memory of its own that says what it holds, not to be negated first."""
+    if type(t) not in (Tensor, Parameter) or not torch._C._has_storage(t):
+        return False
+    return not t.is_neg() and not t._is_zerotensor()
 
 
 _library.impl(_fwd, partial(_with_autograd, "fwd"), "Autograd")

@@ -70,6 +70,10 @@ def fwd_cpu(
         ctypes.c_int32(DTYPES.index(weight.dtype)), ctypes.c_int32(mirror),
         ctypes.c_int32(residual), _runtime.parallel_for(),
     )  # fmt: skip
+    if code == 2:
+        raise ValueError(
+            f"rows of {x.shape[3]} x {x.shape[4]} channels are not served; see wins_cpu"
+        )
     if code:
         raise MemoryError(f"no memory to pack a {tuple(weight.shape)} weight")
     return y
