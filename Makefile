@@ -38,7 +38,7 @@ bench: setup
 
 # With the Python that has the CUDA build of torch: this one's, or PYTHON=...
 gpu:
-	$(if $(wildcard $(VENV)/.ready),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
+	$(if $(filter file,$(origin PYTHON))$(filter default,$(origin PYTHON)),$(if $(wildcard $(VENV)/.ready),$(BIN)/python,$(PYTHON)),$(PYTHON)) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,7 @@ import contextlib
 import math
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -248,16 +248,19 @@ def measure(
         "floor_ms": _floor_ms(run, ceilings),
     }  # fmt: skip
     making = providers(run, device, compiled)
-    truth = None
+    truth: dict[str, Tensor] = {}
+    head: Any = None
     ready: dict[str, _Ready] = {}
     extra: dict[str, dict[str, Any]] = {}
     for name in ["PyTorch NCTHW", *(n for n in making if n != "PyTorch NCTHW")]:
-        if only not in (None, name) and truth is not None:
+        if only not in (None, name) and truth:
             continue
         try:
             candidate = _Ready(name, making[name](), run, device)
-            truth = truth or candidate
-            _check(candidate, truth, run.dtype)
+            if not truth:
+                truth = _results(candidate, run, torch.float32)
+                head = cast(Any, candidate.model).forward_head
+            _check(candidate, run, truth, head)
             extra[name] = _memory(candidate, run, device)
             if only in (None, name):
                 ready[name] = candidate
@@ -295,28 +298,42 @@ def _floor_ms(run: Run, ceilings: Mapping[str, float]) -> float:
     return round(total * (3 if run.mode == "training" else 1), 4)
 
 
-def _result(ready: _Ready, dtype: torch.dtype) -> Tensor:
-    """The feature map: in training the mean of one clip, normalised over that clip, is 0.
+def _results(ready: _Ready, run: Run, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The feature map, and in training the gradient of the first weight from a random one of it.
 
-    The logits where the network is compiled, whose parts are not."""
+    Not the logits: the mean of one clip, normalised over that clip, is 0. But they are all that
+    there is of a compiled network, whose parts are not compiled.
+    """
     model: Any = ready.model
-    fn = model if hasattr(model, "_orig_mod") else model.forward_features
-    with torch.no_grad(), torch.autocast(ready.device, dtype, enabled=dtype != torch.float32):
-        return fn(ready.clips).float()
+    autocast = torch.autocast(ready.device, dtype, enabled=dtype != torch.float32)
+    if hasattr(model, "_orig_mod"):
+        with torch.no_grad(), autocast:
+            return {"the result": model(ready.clips).float()}
+    training = run.mode == "training"
+    with torch.set_grad_enabled(training), autocast:
+        features = model.forward_features(ready.clips).float()
+    found = {"the result": features.detach()}
+    if training:
+        generator = torch.Generator().manual_seed(2)
+        dy = torch.randn(features.shape, generator=generator).to(features.device)
+        weight = model.patch_embed1.proj.weight
+        (found["the gradient of the first weight"],) = torch.autograd.grad(features, weight, dy)
+    return found
 
 
-def _check(candidate: _Ready, truth: _Ready, dtype: str) -> None:
-    got = _result(candidate, DTYPES[dtype])
-    want = _result(truth, torch.float32)
-    if got.shape != want.shape:
-        with torch.no_grad():
-            want = cast(Any, truth.model).forward_head(want)
-    error = float((got - want).norm() / want.norm())
-    if not error <= TOLERANCE[dtype]:
-        raise ValueError(
-            f"wrong: the result is off by {error:.1e} of its norm, {TOLERANCE[dtype]:.0e} is "
-            f"allowed"
-        )
+def _check(candidate: _Ready, run: Run, truth: dict[str, Tensor], head: Any) -> None:
+    for what, got in _results(candidate, run, DTYPES[run.dtype]).items():
+        want = truth[what]
+        if got.shape != want.shape:
+            with torch.no_grad():
+                want = head(want)
+        # Gradients have gone through the whole network twice.
+        allowed = TOLERANCE[run.dtype] * (1 if what == "the result" else 3)
+        error = float((got - want).norm() / want.norm())
+        if not error <= allowed:
+            raise ValueError(
+                f"wrong: {what} is off by {error:.1e} of its norm, {allowed:.0e} is allowed"
+            )
 
 
 def _memory(candidate: _Ready, run: Run, device: str) -> dict[str, Any]:
@@ -362,15 +379,3 @@ def _joules(ready: _Ready, run: Run, device: str) -> float | None:
         watts = [float(line) for line in said_.splitlines()[2:]]  # the first are from before
         return round(sum(watts) / len(watts) * seconds / steps / run.batch, 4) if watts else None
     return None
-
-
-def chosen(device: str, words: Sequence[str], tiny: bool, full: bool = False) -> list[Run]:
-    """Runs whose name contains one of `words`; all without words."""
-    return [
-        r for r in runs(device, tiny, full) if not words or any(word in str(r) for word in words)
-    ]
-
-
-def key(row: Mapping[str, Any]) -> tuple:
-    """What a row is a measurement of, whoever made it."""
-    return tuple(row[k] for k in ("model", "frames", "size", "batch", "dtype", "mode"))

@@ -33,7 +33,7 @@ def microbenchmark(request, benchmark, case, direction):
     """Times ours, grouped by case and direction; wrong results fail."""
 
     def run():
-        ready, failed = prepare(case, DEVICE, "uniformer")
+        ready, failed, _ = prepare(case, DEVICE, "uniformer")
         assert not failed, failed
         benchmark.group = f"{direction} {case}"
         call = getattr(ready["uniformer"], direction)

@@ -24,6 +24,7 @@ __all__ = [
 OURS = "uniformer"
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+WRITTEN = ("benchmarks/results", "kernels/uniformer_kernels/tuned.json")  # by benchmarks, tracked
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -40,7 +41,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Milliseconds of each call of each function, in turns until `seconds` have passed.
 
-    A function whose first call raises is left out, and why is put into `failed`, if that is given.
+    A function that raises is left out, and why is put into `failed`, if that is given.
 
     On a GPU its own clock is read, and its cache is filled with something else before every call,
     which also keeps it busy until the call is in its queue.
@@ -66,8 +67,14 @@ def take_turns(
         for done in range(most):
             if done >= least and time.perf_counter() > end:
                 break
-            for name, fn in fns.items():
-                times[name].append(timer(fn))
+            for name, fn in list(fns.items()):
+                try:
+                    times[name].append(timer(fn))
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    failed[name] = said(error)
+                    del fns[name], times[name]
     finally:
         gc.enable()
     return times
@@ -171,7 +178,7 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "dirty": bool(git("status", "--porcelain", "--", ".", *(f":!{f}" for f in WRITTEN))),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if device == "cuda":
@@ -212,7 +219,7 @@ def save(file: Path, content: Mapping[str, Any]) -> None:
     head = {k: v for k, v in content.items() if k != "rows"}
     text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]}}\n'
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
+    part = file.with_suffix(f".{os.getpid()}.part")
     part.write_text(text)
     os.replace(part, file)
 
@@ -221,6 +228,9 @@ def read(file: Path) -> dict[str, Any] | None:
     """Results, or None where there are none or they are damaged."""
     try:
         content = json.loads(file.read_text())
-        return content if isinstance(content, dict) and "rows" in content else None
-    except (OSError, ValueError):
+        rows = content["rows"]
+        whole = all(row["provider"] and row["batch"] for row in rows)
+        whole = whole and all(isinstance(content[k], dict) for k in ("environment", "ceilings"))
+        return content if whole and isinstance(rows, list) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None

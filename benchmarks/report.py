@@ -20,9 +20,9 @@ from benchmarks.plots import draw
 __all__ = ["main", "report_on", "write_report"]
 
 HOW_TO_READ = """Times are medians in ms, the small figures 20th to 80th percentiles. The floor is
-the time at this machine's measured ceilings, "of floor" the floor over the time, ours in the tables
-of ops. The ratio is the time of the fastest provider that runs nothing of ours over our time: above
-1, in bold, ours is faster; below 1 it is slower."""
+the time at this machine's measured ceilings; what lies in a cache may come below it. "Of floor" is
+the floor over the time, ours in the tables of ops. The ratio is the time of the fastest provider
+that runs nothing of ours over our time: above 1, in bold, ours is faster; below 1 it is slower."""
 
 
 # --- Tables ---------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """Run the benchmarks and write results and report.
 
-    python -m benchmarks.run                     # everything, in benchmarks/results
-    python -m benchmarks.run ops attention bf16  # operators and layers whose name has such a word
-    python -m benchmarks.run models training
+    python -m benchmarks.run                     # everything, into benchmarks/results
+    python -m benchmarks.run ops attention bf16  # what has both words in its name, into runs/bench
+    python -m benchmarks.run models "training|inference"   # or either
     python -m benchmarks.run --base HEAD~3       # ours now beside ours then
 
 Results are written after every case. `--resume` keeps what the same commit, on the same machine,
-has measured already, and goes on from there.
+has measured already, and goes on from there. Exits with 3 where time ran out before the end.
 """
 
 import argparse
@@ -33,9 +33,10 @@ from benchmarks import (
     harness,
     machine,
 )
-from benchmarks.harness import Case
+from benchmarks.harness import Case, is_chosen
 from benchmarks.machine import OURS, RESULTS, ROOT
 from benchmarks.report import report_on
+from uniformer.configs import PRESETS
 
 __all__ = ["cases", "main"]
 
@@ -70,7 +71,8 @@ TIERS = {
 }
 TINY = Tier(ALL, (2,), ("fp32",))
 FULL = Tier(ALL, (1, 8, 32), ("bf16", "fp16", "fp32"))
-SAME = ("processor", "gpu", "torch", "triton", "commit", "threads")  # for results to be resumed
+SAME = ("processor", "gpu", "torch", "triton", "commit", "dirty", "threads")  # to be resumed
+OUT_OF_TIME = 3  # exit status
 
 
 def cases(device: str, tiny: bool = False, full: bool = False) -> Iterator[Case]:
@@ -85,13 +87,13 @@ def cases(device: str, tiny: bool = False, full: bool = False) -> Iterator[Case]
                     yield case
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line; see the top of the file."""
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the top of the file. Returns the exit status."""
     parser = argparse.ArgumentParser(description="Time this library beside its rivals.")
     parser.add_argument("what", nargs="?", choices=["all", "ops", "models"], default="all")
-    parser.add_argument("words", nargs="*", help="only what has one of these in its name")
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("words", nargs="*", help="only what has all of these in its name; a|b: or")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="the GPU where there is one")
+    parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--seconds", type=float, default=0.4, help="a direction of a case, about")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds; nothing starts later")
     parser.add_argument("--compiled", action="store_true", help="torch.compile of the networks too")
@@ -100,55 +102,71 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the program")
     parser.add_argument("--only", help="the one provider to run")
     parser.add_argument("--base", help="a git revision to compare ours with")
-    parser.add_argument("--no-report", action="store_true")
+    parser.add_argument("--no-report", action="store_true", help="results alone")
     args = parser.parse_args(arguments)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device")
+    if not args.seconds >= 0:
+        parser.error(f"--seconds must be 0 or more, got {args.seconds}")
+    if args.out is None:  # a part of it does not replace the whole
+        whole = args.what == "all" and not (args.words or args.only or args.tiny)
+        args.out = RESULTS if whole else ROOT / "runs" / "bench"
+    args.cases = [c for c in cases(args.device, args.tiny, args.full) if is_chosen(c, args.words)]
+    every = bench_model.runs(args.device, args.tiny, args.full)
+    args.runs = [r for r in every if is_chosen(r, args.words)]
+    if not (args.cases if args.what == "ops" else args.runs if args.what == "models" else 1):
+        names = sorted({c.op for c in cases(args.device)} | set(PRESETS))
+        parser.error(f"no name has {' and '.join(args.words)}; there are {', '.join(names)}")
     if args.base:
         compare(args)
-        return
+        return 0
     args.deadline = time.monotonic() + args.limit
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if args.device == "cuda":
         torch.backends.cudnn.benchmark = True  # its best, for every rival
-    if args.what != "models":
-        _ops(args)
-    if args.what != "ops":
-        _models(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        whole = args.what == "models" or _ops(args)
+        whole = (args.what == "ops" or _models(args)) and whole
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; what is measured is in {args.out}, --resume goes on from there")
     if not args.no_report:
-        print(f"report: {report_on(args.out, machine.slug(args.device))}")
+        try:
+            print(f"report: {report_on(args.out, machine.slug(args.device))}")
+        except FileNotFoundError as error:
+            print(error)
+    return 0 if whole else OUT_OF_TIME
 
 
 # --- The two halves -------------------------------------------------------------------
 
 
-def _ops(args: argparse.Namespace) -> None:
-    chosen = harness.chosen(cases(args.device, args.tiny, args.full), args.words)
-
+def _ops(args: argparse.Namespace) -> bool:
     def rows(case: Case, ceilings: dict[str, float]) -> list[dict[str, Any]]:
         return harness.measure(case, args.device, ceilings, seconds=args.seconds, only=args.only)
 
     def key(case: Case) -> tuple:
         return case.op, case.case, case.batch, case.dtype
 
-    _all(args, "ops", chosen, rows, key, ("op", "case", "batch", "dtype"))
+    return _all(args, "ops", args.cases, rows, key, ("op", "case", "batch", "dtype"))
 
 
-def _models(args: argparse.Namespace) -> None:
-    chosen = bench_model.chosen(args.device, args.words, args.tiny, args.full)
+def _models(args: argparse.Namespace) -> bool:
+    first = next(bench_model.runs(args.device, args.tiny))
 
     def rows(run: bench_model.Run, ceilings: dict[str, float]) -> list[dict[str, Any]]:
         # A training step and a network of 16 frames take seconds on a CPU.
         seconds = args.seconds * (8 if args.device == "cpu" else 2)
-        first = run == chosen[0]
-        compiled = args.compiled and (args.device == "cuda" or first)
+        compiled = args.compiled and (args.device == "cuda" or run == first)
         return bench_model.measure(
             run, args.device, ceilings, seconds=seconds, compiled=compiled, only=args.only
         )
 
     names = ("model", "frames", "size", "batch", "dtype", "mode")
-    _all(args, "models", chosen, rows, lambda r: tuple(getattr(r, n) for n in names), names)
+    return _all(
+        args, "models", args.runs, rows, lambda r: tuple(getattr(r, n) for n in names), names
+    )
 
 
 def _all(
@@ -158,26 +176,43 @@ def _all(
     rows: Callable[[Any, dict[str, float]], list[dict[str, Any]]],
     key: Callable[[Any], tuple],
     names: tuple[str, ...],
-) -> None:
-    """Measure what is chosen, with a bar and what is left, and write after each."""
-    file = args.out / f"{name}_{machine.slug(args.device)}.json"
+) -> bool:
+    """Measure what is chosen, with a bar and what is left, and write after each.
+
+    Returns whether all of it is measured.
+    """
+    file, start = args.out / f"{name}_{machine.slug(args.device)}.json", time.monotonic()
     environment = machine.environment(args.device)
     before = machine.read(file) if args.resume else None
-    if before and any(before["environment"].get(k) != environment.get(k) for k in SAME):
+    other = [k for k in SAME if before and before["environment"].get(k) != environment.get(k)]
+    if before and other:
+        print(f"{file} is of another {' and '.join(other)}: it is measured anew")
         before = None
     content = before or {
         "environment": environment, "ceilings": machine.ceilings(args.device), "rows": []
     }  # fmt: skip
-    done = {tuple(row[n] for n in names) for row in content["rows"]}
+    spent = content["environment"].get("seconds", 0)
+    wanted = args.only or OURS
+    done = {tuple(r[n] for n in names) for r in content["rows"] if r["provider"] == wanted}
     todo = [c for c in chosen if key(c) not in done]
+    if before:
+        print(f"{len(chosen) - len(todo)} of {len(chosen)} {name} are measured already")
     bar = tqdm(todo, desc=name, unit="case", disable=None)
     for i, case in enumerate(bar):
         if time.monotonic() > args.deadline:
             tqdm.write(f"out of time: {len(todo) - i} of {len(todo)} {name} are not measured")
-            break
+            return False
+        if bar.disable:  # no terminal
+            print(f"{i + 1} of {len(todo)}: {case}", flush=True)
         bar.set_postfix_str(str(case))
-        content["rows"] += rows(case, content["ceilings"])
+        now = rows(case, content["ceilings"])
+        again = {(key(case), row["provider"]) for row in now}
+        content["rows"] = [
+            r for r in content["rows"] if (tuple(r[n] for n in names), r["provider"]) not in again
+        ] + now
+        content["environment"]["seconds"] = round(spent + time.monotonic() - start)
         machine.save(file, content)
+    return True
 
 
 # --- Two revisions --------------------------------------------------------------------
@@ -215,6 +250,7 @@ def compare(args: argparse.Namespace) -> None:
                 for key, ms in _ours(into):
                     times[name][key] = min(ms, times[name].get(key, ms))
     print(f"\nmilliseconds, the better median of two turns: {revision} -> now")
+    print("a shared machine gives 0.7x to 1.4x for the same code: repeat before believing")
     for key, now in times["now"].items():
         then = times[revision].get(key)
         if then:
@@ -240,4 +276,4 @@ def _ours(folder: Path) -> Iterator[tuple[tuple, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

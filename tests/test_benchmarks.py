@@ -71,13 +71,46 @@ def test_a_rival_that_fails_later_is_a_row_too():
         return x * w
 
     rows = measure(a_case(right=scaled, once=once), directions=["forward", "both"])
-    assert [r.get("failed") for r in rows] == [None, "RuntimeError: no second time"] * 2
+    failed = {(r["provider"], r["direction"]): r.get("failed") for r in rows}
+    assert failed["right", "both"] is None
+    assert (
+        failed["once", "forward"] == failed["once", "both"] == "later RuntimeError: no second time"
+    )
 
 
-def test_a_wrong_network_is_refused(monkeypatch):
+def test_what_is_right_only_at_first_is_no_figure():
+    calls = []
+
+    def forgets(x, w):
+        calls.append(1)
+        return x * w * (len(calls) == 1)
+
+    rows = measure(a_case(right=scaled, forgets=forgets))
+    later = [r["failed"] for r in rows if r["provider"] == "forgets"]
+    assert len(later) == 3
+    assert all("later wrong" in why for why in later)
+
+
+class _Doubled(torch.autograd.Function):
+    """The identity, with twice its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy
+
+
+@pytest.mark.parametrize(("wrong_at", "complaint"), [
+    (lambda x: 2 * x, "the result is off by 1.0e+00"),
+    (_Doubled.apply, "the gradient of the first weight is off by 1.0e+00"),
+])  # fmt: skip
+def test_a_wrong_network_is_refused(wrong_at, complaint, monkeypatch):
     class Wrong(bench_model.PlainUniFormer):
         def forward_features(self, x):
-            return super().forward_features(x) * 2
+            return wrong_at(super().forward_features(x))
 
     real = bench_model.providers
 
@@ -97,7 +130,7 @@ def test_a_wrong_network_is_refused(monkeypatch):
     config = bench_model.Run("uniformer_nano", 4, 32, 2, "fp32", "training")
     rows = bench_model.measure(config, DEVICE, CEILINGS, seconds=0)
     failed = {row["provider"]: row.get("failed") for row in rows}
-    assert failed["uniformer"].startswith("ValueError: wrong: the result is off by 1.0e+00")
+    assert failed["uniformer"].startswith(f"ValueError: wrong: {complaint}")
     assert failed["PyTorch NCTHW"] is None
 
 
@@ -157,11 +190,8 @@ def test_every_case_is_named_once():
 
 def test_results_are_written_whole_and_read_back(tmp_path):
     file = tmp_path / "folder" / "ops_cpu.json"
-    content = {
-        "environment": {"torch": "x"},
-        "ceilings": CEILINGS,
-        "rows": [{"op": "a"}, {"op": 1}],
-    }
+    rows = [{"op": "a", "provider": "x", "batch": 1}, {"op": "b", "provider": "x", "batch": 2}]
+    content = {"environment": {"torch": "x"}, "ceilings": CEILINGS, "rows": rows}
     machine.save(file, content)
     assert machine.read(file) == content
     assert not list(file.parent.glob("*.part"))
@@ -171,17 +201,48 @@ def test_results_are_written_whole_and_read_back(tmp_path):
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
-    words = ["ops", "LayerNorm", "attention", "--tiny", "--seconds", "0", "--out", str(tmp_path)]
+    words = ["ops", "LayerNorm|attention", "--tiny", "--seconds", "0", "--out", str(tmp_path)]
     file = tmp_path / f"ops_{machine.slug(DEVICE)}.json"
-    run.main([*words, "--limit", "0", "--no-report"])
+    assert run.main([*words, "--limit", "0"]) == run.OUT_OF_TIME
     assert "out of time: 4 of 4 ops are not measured" in capsys.readouterr().out
-    run.main(["ops", "LayerNorm", *words[3:], "--no-report"])
+    assert run.main(["ops", "LayerNorm", *words[2:], "--no-report"]) == 0
     first = machine.read(file)["rows"]
-    run.main([*words, "--resume"])
+    assert run.main([*words, "--resume"]) == 0
+    assert "2 of 4 ops are measured already" in capsys.readouterr().out
     rows = machine.read(file)["rows"]
     assert rows[: len(first)] == first
     assert {row["op"] for row in rows} == {"LayerNorm", "attention"}
     assert (tmp_path / f"report_{machine.slug(DEVICE)}.md").is_file()
+
+
+def test_results_of_another_commit_or_provider_are_not_taken_for_these(tmp_path, capsys):
+    words = ["ops", "attention", "N=4", "--tiny", "--seconds", "0", "--out", str(tmp_path)]
+    file = tmp_path / f"ops_{machine.slug(DEVICE)}.json"
+    run.main([*words, "--only", "naive"])
+    run.main([*words, "--resume"])
+    rows = machine.read(file)["rows"]
+    assert {row["provider"] for row in rows} >= {"naive", "uniformer"}
+    assert len({(row["provider"], row["direction"]) for row in rows}) == len(rows)
+    content = machine.read(file)
+    machine.save(file, {**content, "environment": {**content["environment"], "commit": "older"}})
+    run.main([*words, "--resume"])
+    assert "is of another commit: it is measured anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damaged", [
+    "", "[]", '{"rows": []}', '{"rows": null, "environment": null, "ceilings": {}}',
+    '{"rows": 3, "environment": {}, "ceilings": {}}',
+    '{"rows": [{}], "environment": {}, "ceilings": {}}',
+])  # fmt: skip
+def test_damaged_results_are_none(damaged, tmp_path):
+    (tmp_path / "a.json").write_text(damaged)
+    assert machine.read(tmp_path / "a.json") is None
+
+
+def test_words_that_nothing_has_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["ops", "convolution", "--tiny"])
+    assert "no name has convolution; there are" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(machine.git("rev-parse", "HEAD") is None, reason="this is no git checkout")
@@ -224,7 +285,7 @@ def test_steps_that_hang_fail_or_are_missing_are_told_apart(tmp_path, monkeypatc
         gpu.Step("works", [*python, "print('fine')"], 9),
     ]
     monkeypatch.setattr(gpu, "steps", lambda dry, results: made)
-    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 2
+    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 1
     state = json.loads((tmp_path / "gpu" / "state.json").read_text())
     assert [(r["status"], r["note"]) for r in state.values()] == [
         ("cut off", "busy"),
