@@ -6,13 +6,14 @@ dout and writes dqkv, 8A. Operations: 2 products of 2 N^2 d a head forward, 5 of
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Case, Problem, Provider
+from benchmarks.harness import Case, Problem, Provider, truth_dtype
 from benchmarks.machine import DTYPES, OURS
 from benchmarks.shapes import Stage, stages
 from uniformer_kernels import attention
@@ -26,20 +27,16 @@ SDPA = {
 }
 
 
-def cases(
-    device: str, batches: Sequence[int], dtypes: Sequence[str], tiny: bool = False
-) -> Iterator[Case]:
-    for stage in stages(tiny)[2:]:
-        for batch in batches:
-            for dtype in dtypes:
-                elements = batch * stage.tokens * stage.C
-                moved = elements * DTYPES[dtype].itemsize
-                product = 2 * elements * stage.tokens
-                yield Case(
-                    "attention", f"N={stage.tokens} h={stage.heads} d={stage.C // stage.heads}",
-                    stage.number, batch, dtype, partial(problem, stage, batch, dtype),
-                    bytes=(4 * moved, 8 * moved), flops=(2 * product, 5 * product),
-                )  # fmt: skip
+def cases(batches: Sequence[int], dtypes: Sequence[str], tiny: bool = False) -> Iterator[Case]:
+    for stage, batch, dtype in product(stages(tiny)[2:], batches, dtypes):
+        elements = batch * stage.tokens * stage.C
+        moved = elements * DTYPES[dtype].itemsize
+        gemm = 2 * elements * stage.tokens
+        yield Case(
+            "attention", f"N={stage.tokens} h={stage.heads} d={stage.C // stage.heads}",
+            stage.number, batch, dtype, partial(problem, stage, batch, dtype),
+            bytes=(4 * moved, 8 * moved), flops=(2 * gemm, 5 * gemm),
+        )  # fmt: skip
 
 
 def problem(stage: Stage, batch: int, dtype: str, device: str) -> Problem:
@@ -59,8 +56,8 @@ def problem(stage: Stage, batch: int, dtype: str, device: str) -> Problem:
     for name, kernel in SDPA.items():
         if device == "cuda" or kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
             providers[name] = Provider(partial(sdpa, kernel=kernel))
-    wide = torch.float64 if device == "cpu" else torch.float32
-    return Problem(qkv, providers, Provider(lambda qkv: attention_ref(qkv, h)), wide)
+    truth = Provider(lambda qkv: attention_ref(qkv, h))
+    return Problem(qkv, providers, truth, truth_dtype(device))
 
 
 def test_attention(microbenchmark):

@@ -10,6 +10,7 @@ block 11A forward (DPE 2, pw1 2, dw5 2, pw2 3, FFN 2) and 22A backward; a global
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 
 import torch
 from torch import nn
@@ -18,34 +19,30 @@ from benchmarks.bench_layers import Run, call, of_modules
 from benchmarks.harness import Case, Problem
 from benchmarks.machine import DTYPES
 from benchmarks.plain import PlainGlobalBlock, PlainLocalBlock
-from benchmarks.shapes import Stage, stages
+from benchmarks.shapes import PASSES, Stage, stages
 from uniformer.configs import UniFormerConfig
 from uniformer.model import GlobalBlock, LocalBlock
 
 
-def cases(
-    device: str, batches: Sequence[int], dtypes: Sequence[str], tiny: bool = False
-) -> Iterator[Case]:
-    for stage in stages(tiny):
-        for batch in batches:
-            for dtype in dtypes:
-                A, C, N = batch * stage.tokens * stage.C, stage.C, stage.tokens
-                size, local = DTYPES[dtype].itemsize, stage.number <= 2
-                passes = 11 if local else 26
-                # DPE, two pointwise and the affinity, or qkv, proj and the two products; the FFN.
-                mixing = 2 * C + 125 if local else 4 * C + 2 * N
-                flops = 2 * A * (27 + mixing + 8 * C)
-                yield Case(
-                    "local block" if local else "global block", str(stage), stage.number, batch,
-                    dtype, partial(problem, stage, batch),
-                    bytes=(passes * A * size, 2 * passes * A * size), flops=(flops, 2 * flops),
-                    autocast=True,
-                )  # fmt: skip
+def cases(batches: Sequence[int], dtypes: Sequence[str], tiny: bool = False) -> Iterator[Case]:
+    for stage, batch, dtype in product(stages(tiny), batches, dtypes):
+        A, C, N = batch * stage.tokens * stage.C, stage.C, stage.tokens
+        size, local = DTYPES[dtype].itemsize, stage.kind == "L"
+        passes = PASSES[stage.kind]
+        # DPE, two pointwise and the affinity, or qkv, proj and the two products; the FFN.
+        mixing = 2 * C + 125 if local else 4 * C + 2 * N
+        flops = 2 * A * (27 + mixing + 8 * C)
+        yield Case(
+            "local block" if local else "global block", str(stage), stage.number, batch,
+            dtype, partial(problem, stage, batch),
+            bytes=(passes * A * size, 2 * passes * A * size), flops=(flops, 2 * flops),
+            autocast=True,
+        )  # fmt: skip
 
 
 def problem(stage: Stage, batch: int, device: str) -> Problem:
     torch.manual_seed(0)
-    local = stage.number <= 2
+    local = stage.kind == "L"
     cfg = UniFormerConfig(head_dim=stage.C // stage.heads, drop_path_rate=0.0)
     ours = (LocalBlock if local else GlobalBlock)(cfg, stage.C, 0.0)
     x = torch.randn(batch, stage.T, stage.H, stage.W, stage.C, device=device)

@@ -8,12 +8,13 @@ Cost, in elements of the activation A and taps k^3: forward reads x and writes y
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Problem, Provider
+from benchmarks.harness import Case, Problem, Provider, truth_dtype
 from benchmarks.machine import DTYPES, OURS
 from benchmarks.shapes import Stage, stages
 from uniformer_kernels import backend, dwconv3d
@@ -21,23 +22,19 @@ from uniformer_kernels import backend, dwconv3d
 NCTHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last_3d
 
 
-def cases(
-    device: str, batches: Sequence[int], dtypes: Sequence[str], tiny: bool = False
-) -> Iterator[Case]:
+def cases(batches: Sequence[int], dtypes: Sequence[str], tiny: bool = False) -> Iterator[Case]:
     """5x5x5 first: the network spends most there."""
     for k, some in ((5, stages(tiny)[:2]), (3, stages(tiny))):
-        for stage in some:
-            for batch in batches:
-                for dtype in dtypes:
-                    elements = batch * stage.tokens * stage.C
-                    moved = elements * DTYPES[dtype].itemsize
-                    yield Case(
-                        "dwconv3d", f"{k}x{k}x{k} {stage}", stage.number, batch, dtype,
-                        partial(problem, stage, batch, dtype, k),
-                        bytes=(2 * moved, 3 * moved),
-                        flops=(2 * k**3 * elements, 4 * k**3 * elements),
-                        unit="fma",
-                    )  # fmt: skip
+        for stage, batch, dtype in product(some, batches, dtypes):
+            elements = batch * stage.tokens * stage.C
+            moved = elements * DTYPES[dtype].itemsize
+            yield Case(
+                "dwconv3d", f"{k}x{k}x{k} {stage}", stage.number, batch, dtype,
+                partial(problem, stage, batch, dtype, k),
+                bytes=(2 * moved, 3 * moved),
+                flops=(2 * k**3 * elements, 4 * k**3 * elements),
+                unit="fma",
+            )  # fmt: skip
 
 
 def problem(stage: Stage, batch: int, dtype: str, k: int, device: str) -> Problem:
@@ -67,7 +64,7 @@ def problem(stage: Stage, batch: int, dtype: str, k: int, device: str) -> Proble
     }
     if device == "cuda":
         providers["uniformer in CUDA C++"] = Provider(in_cuda, parameters)
-    wide = torch.float64 if device == "cpu" else torch.float32  # fp64 would take the lease
+    wide = truth_dtype(device)
     truth = Provider(pytorch, [p.detach().to(wide) for p in parameters], CHANNELS_LAST)
     return Problem(x, providers, truth, wide)
 

@@ -12,6 +12,7 @@ counts some 8 operations an element. A patch embedding reads its input and write
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Problem, Provider
+from benchmarks.harness import Case, Problem, Provider, truth_dtype
 from benchmarks.machine import DTYPES, OURS
 from benchmarks.shapes import Stage, stages
 from uniformer.layers import FFN, PatchEmbed, Pointwise, batch_norm
@@ -33,13 +34,9 @@ class Run(NamedTuple):
     layout: torch.memory_format | None = None
 
 
-def cases(
-    device: str, batches: Sequence[int], dtypes: Sequence[str], tiny: bool = False
-) -> Iterator[Case]:
-    for stage in stages(tiny):
-        for batch in batches:
-            for dtype in dtypes:
-                yield from _cases(stage, batch, dtype)
+def cases(batches: Sequence[int], dtypes: Sequence[str], tiny: bool = False) -> Iterator[Case]:
+    for stage, batch, dtype in product(stages(tiny), batches, dtypes):
+        yield from _cases(stage, batch, dtype)
 
 
 def _cases(stage: Stage, batch: int, dtype: str) -> Iterator[Case]:
@@ -58,7 +55,7 @@ def _cases(stage: Stage, batch: int, dtype: str) -> Iterator[Case]:
         ((inputs + A) * size, (2 * inputs + A) * size),
         (embed, 2 * embed),
     )
-    local = stage.number <= 2
+    local = stage.kind == "L"
     for op, (moved, flops) in cost.items():
         if op == ("LayerNorm" if local else "BatchNorm + pointwise"):
             continue
@@ -77,8 +74,8 @@ def problem(op: str, stage: Stage, batch: int, device: str) -> Problem:
     ours, plain = call, None
     module: nn.Module
     if op == "FFN":
-        module = FFN(C, 4 * C, conv=stage.number <= 2)
-        plain = _ffn_of_convolutions if stage.number <= 2 else None
+        module = FFN(C, 4 * C, conv=stage.kind == "L")
+        plain = _ffn_of_convolutions if stage.kind == "L" else None
     elif op == "LayerNorm":
         module = nn.LayerNorm(C, eps=1e-6)
     elif op == "BatchNorm + pointwise":
@@ -112,7 +109,7 @@ def of_modules(ours: Run, rivals: Mapping[str, Run], x: Tensor) -> Problem:
         functorch_config.donated_buffer = False
         for name, run in {OURS: ours, **rivals}.items():
             providers[f"torch.compile of {name}"] = provider(run, compiled=True)
-    wide = torch.float64 if device == "cpu" else torch.float32  # fp64 would take the lease
+    wide = truth_dtype(device)
     return Problem(x, providers, provider(ours, wide), wide)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import DTYPES, OURS, said, statistics, take_turns
 from benchmarks.plain import PlainUniFormer
+from benchmarks.shapes import PASSES
 from uniformer import layers
 from uniformer.configs import PRESETS
 from uniformer.flops import count_macs
@@ -30,7 +31,6 @@ from uniformer_kernels.dwconv3d import dwconv3d_ref
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
 CLASSES = 400
-PASSES = {"L": 11, "G": 26}  # of a block's forward over its activation, as in bench_blocks.py
 MODES = ("inference", "training")
 SIZES = (128, 160, 192, 224, 256, 320)
 
@@ -261,8 +261,8 @@ def measure(
                 truth = _results(candidate, run, torch.float32)
                 head = cast(Any, candidate.model).forward_head
             _check(candidate, run, truth, head)
-            extra[name] = _memory(candidate, run, device)
             if only in (None, name):
+                extra[name] = _memory(candidate, run, device)
                 ready[name] = candidate
         except Exception as error:
             extra[name] = {"failed": said(error)}

@@ -1,12 +1,10 @@
-"""The microbenchmarks under pytest-benchmark: a test for each case, direction and provider.
+"""The microbenchmarks under pytest-benchmark: a test of ours for each case and direction.
 
     pytest benchmarks/bench_attention.py --benchmark-autosave -k "bf16 and forward"
     pytest benchmarks/bench_attention.py --benchmark-compare
 
 `make bench` times the same cases in turns, which a noisy machine needs; here each has its own.
 """
-
-import os
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from benchmarks.harness import DIRECTIONS, prepare
 from benchmarks.machine import environment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TINY = os.environ.get("UNIFORMER_BENCH_TINY") == "1"
 BATCHES, DTYPES = ((1, 8, 32), ("bf16", "fp16", "fp32")) if DEVICE == "cuda" else (
     (1,), ("fp32", "bf16")
 )  # fmt: skip
@@ -23,13 +20,13 @@ BATCHES, DTYPES = ((1, 8, 32), ("bf16", "fp16", "fp32")) if DEVICE == "cuda" els
 
 def pytest_generate_tests(metafunc):
     if "microbenchmark" in metafunc.fixturenames:
-        cases = list(metafunc.module.cases(DEVICE, BATCHES, DTYPES, TINY))
+        cases = list(metafunc.module.cases(BATCHES, DTYPES))
         metafunc.parametrize("case", cases, ids=str, scope="module")
         metafunc.parametrize("direction", DIRECTIONS)
 
 
 @pytest.fixture
-def microbenchmark(request, benchmark, case, direction):
+def microbenchmark(benchmark, case, direction):
     """Times ours, grouped by case and direction; wrong results fail."""
 
     def run():

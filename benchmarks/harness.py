@@ -19,6 +19,7 @@ from benchmarks.machine import DTYPES, rounded, said, statistics, take_turns
 
 __all__ = [
     "DIRECTIONS", "Case", "Problem", "Provider", "Ready", "is_chosen", "measure", "prepare",
+    "truth_dtype",
 ]  # fmt: skip
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -58,6 +59,11 @@ class Problem:
     providers: Mapping[str, Provider]
     truth: Provider
     truth_dtype: torch.dtype = torch.float64
+
+
+def truth_dtype(device: str) -> torch.dtype:
+    """What is held for true: fp64, but on a GPU fp32, for fp64 would take all of a lease."""
+    return torch.float64 if device == "cpu" else torch.float32
 
 
 @dataclass(frozen=True)

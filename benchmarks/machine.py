@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -47,19 +48,22 @@ def take_turns(
     which also keeps it busy until the call is in its queue.
     """
     timer = _cuda_timer() if device == "cuda" else _cpu_ms
-    fns = dict(fns)
-    for name, fn in list(fns.items()):  # what the first call compiles, allocates and plans
+    times: dict[str, list[float]] = {name: [] for name in fns}
+
+    def call(name: str) -> float:
         try:
-            fn()
-            if device == "cuda":
-                fn()
-                torch.cuda.synchronize()
+            return timer(fns[name])
         except Exception as error:
             if failed is None:
                 raise
             failed[name] = said(error)
-            del fns[name]
-    times: dict[str, list[float]] = {name: [] for name in fns}
+            del times[name]
+            return math.nan
+
+    for name in fns:  # what the first calls compile, allocate and plan
+        call(name)
+        if device == "cuda" and name in times:
+            call(name)
     end = time.perf_counter() + seconds
     gc.collect()
     gc.disable()
@@ -67,14 +71,8 @@ def take_turns(
         for done in range(most):
             if done >= least and time.perf_counter() > end:
                 break
-            for name, fn in list(fns.items()):
-                try:
-                    times[name].append(timer(fn))
-                except Exception as error:
-                    if failed is None:
-                        raise
-                    failed[name] = said(error)
-                    del fns[name], times[name]
+            for name, ms in list(times.items()):
+                ms.append(call(name))
     finally:
         gc.enable()
     return times

@@ -33,6 +33,8 @@ from benchmarks import (
     harness,
     machine,
 )
+from benchmarks.compare import Case as Measured
+from benchmarks.compare import group
 from benchmarks.harness import Case, is_chosen
 from benchmarks.machine import OURS, RESULTS, ROOT
 from benchmarks.report import report_on
@@ -81,7 +83,7 @@ def cases(device: str, tiny: bool = False, full: bool = False) -> Iterator[Case]
     tiers = (TINY,) if tiny else (*TIERS[device], FULL) if full else TIERS[device]
     for tier in tiers:
         for file in tier.files:
-            for case in file.cases(device, tier.batches, tier.dtypes, tiny):
+            for case in file.cases(tier.batches, tier.dtypes, tiny):
                 if str(case) not in seen and tier.word in str(case):
                     seen.add(str(case))
                     yield case
@@ -236,7 +238,7 @@ def compare(args: argparse.Namespace) -> None:
         with tarfile.open(fileobj=BytesIO(packed.stdout)) as tar:
             tar.extractall(base, filter="data")
         roots = {revision: base, "now": ROOT}
-        times: dict[str, dict[tuple, float]] = {name: {} for name in roots}
+        times: dict[str, dict[Measured, float]] = {name: {} for name in roots}
         for turn in range(2):
             for name, root in roots.items():
                 print(f"{name}, turn {turn + 1} of 2", flush=True)
@@ -247,32 +249,21 @@ def compare(args: argparse.Namespace) -> None:
                 command = [sys.executable, "-P", "-m", "benchmarks.run", *words, "--out", str(into)]
                 if subprocess.run(command, env=environment, cwd=ROOT).returncode:
                     sys.exit(f"the benchmarks failed on {name}: see above")
-                for key, ms in _ours(into):
-                    times[name][key] = min(ms, times[name].get(key, ms))
+                for case, ms in _ours(into):
+                    times[name][case] = min(ms, times[name].get(case, ms))
     print(f"\nmilliseconds, the better median of two turns: {revision} -> now")
     print("a shared machine gives 0.7x to 1.4x for the same code: repeat before believing")
-    for key, now in times["now"].items():
-        then = times[revision].get(key)
+    for case, now in times["now"].items():
+        then = times[revision].get(case)
         if then:
-            print(f"{then / now:6.2f}x  {then:10.3f} -> {now:10.3f}  {' '.join(map(str, key))}")
+            print(f"{then / now:6.2f}x  {then:10.3f} -> {now:10.3f}  {case}")
 
 
-def _ours(folder: Path) -> Iterator[tuple[tuple, float]]:
-    for file in sorted(folder.glob("*.json")):
-        for row in (machine.read(file) or {"rows": []})["rows"]:
-            if "p50_ms" in row:
-                names = (
-                    "op",
-                    "case",
-                    "model",
-                    "frames",
-                    "size",
-                    "batch",
-                    "dtype",
-                    "direction",
-                    "mode",
-                )
-                yield tuple(row[n] for n in names if n in row), row["p50_ms"]
+def _ours(folder: Path) -> Iterator[tuple[Measured, float]]:
+    for file in folder.glob("*.json"):
+        for case, rows in group(machine.read(file)).items():
+            if "p50_ms" in rows.get(OURS, {}):
+                yield case, rows[OURS]["p50_ms"]
 
 
 if __name__ == "__main__":

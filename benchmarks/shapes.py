@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
-__all__ = ["STAGES", "TINY", "Stage", "stages"]
+__all__ = ["PASSES", "STAGES", "TINY", "Stage", "stages"]
+
+# Over the activation, the fewest of a block's forward: bench_blocks.py lists them.
+PASSES = {"L": 11, "G": 26}
 
 
 class Stage(NamedTuple):
@@ -21,6 +24,11 @@ class Stage(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.T * self.H * self.W
+
+    @property
+    def kind(self) -> str:
+        """L of the local stages, G of the global ones."""
+        return "L" if self.number <= 2 else "G"
 
 
 STAGES = (

@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shapes import STAGES
+
 RESULTS = Path(__file__).parent / "results" / "static_cost.json"
 ARCHS = (80, 90, 100)
 B = 8
-# UniFormer at 16 x 224 x 224: channels, and T x H x W of the four stages.
-STAGES = ((64, 8, 56, 56), (128, 8, 28, 28), (320, 8, 14, 14), (512, 8, 7, 7))
-KERNELS = {3: STAGES, 5: STAGES[:2]}  # the DPE everywhere, the affinity in the local stages
+SHAPES = tuple((s.C, s.T, s.H, s.W) for s in STAGES)
+KERNELS = {3: SHAPES, 5: SHAPES[:2]}  # the DPE everywhere, the affinity in the local stages
 
 # Machine instructions by what they are for; "integer" is all else: addresses, predicates, zeros.
 PRODUCTS = {"FFMA": 1, "FHFMA": 1, "FFMA2": 2}  # the latter two are sm_100's

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.machine import said
 from benchmarks.static_cost import KERNELS
 from uniformer_kernels import _runtime, dwconv3d_native
 
@@ -220,11 +221,6 @@ def time_ms(run: Callable[[], object]) -> float:
         after.record()
     finish()
     return median(before.elapsed_time(after) for before, after in events)
-
-
-def said(error: Exception) -> str:
-    """An error on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 # --- All of them ----------------------------------------------------------------------

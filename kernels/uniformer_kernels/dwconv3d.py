@@ -258,16 +258,24 @@ _OPS = {
 
 def _call(name: str, *args: Any) -> Any:
     """The operator, past PyTorch's dispatcher where only autograd listens: it takes 20-50 us."""
+    op, kernel, plain, function = _OPS[name]
     if torch.compiler.is_compiling():
-        return _OPS[name].op(*args)
+        return op(*args)
     if _runtime.functorch_is_active():  # in a batched backward pass; dwconv3d itself never calls
-        return _OPS[name].plain(*args)
-    return _with_autograd(name, *args) if _only_autograd_listens(args) else _OPS[name].op(*args)
+        return plain(*args)
+    if not _only_autograd_listens(args):
+        return op(*args)
+    return function.apply(*args) if _needs_gradient(args) else kernel(*args)
+
+
+def _needs_gradient(args: Sequence) -> bool:
+    tensors = (a for a in args if isinstance(a, Tensor))
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _with_autograd(name: str, *args: Any) -> Any:
-    tensors = (a for a in args if isinstance(a, Tensor))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    """What the dispatcher runs under its Autograd key."""
+    if _needs_gradient(args):
         return _OPS[name].function.apply(*args)
     return _below_autograd(name, *args)
 
