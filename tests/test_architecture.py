@@ -22,6 +22,7 @@ FLOORS = [
         "flops",
         "digits",
     ],
+    ["local_block"],
     ["model", "data"],
     ["checkpoint", "scan"],
     ["pretrained"],
@@ -32,7 +33,12 @@ FLOORS = [
     ["cli"],
 ]
 FLOOR = {f"uniformer.{name}": i for i, floor in enumerate(FLOORS) for name in floor}
-OPS = {"layers", "depthwise", "doctor"}  # the only files of the package that know the operators
+OPS = {
+    "layers",
+    "local_block",
+    "depthwise",
+    "doctor",
+}  # the only files of the package that know the operators
 
 
 def modules(folder: str) -> list[Path]:

@@ -8,9 +8,12 @@ Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniformer_kernels import attention, dwconv3d
+from uniformer_kernels import attention, dwconv3d, ffn, pointwise
 
-__all__ = ["DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "batch_norm"]
+__all__ = [
+    "DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "batch_norm",
+    "why_not_around",
+]  # fmt: skip
 
 
 class DropPath(nn.Module):
@@ -22,10 +25,14 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) -> the same shape; the identity in eval mode."""
+        scale = self.draw(x)
+        return x if scale is None else x * scale.view(-1, *[1] * (x.ndim - 1))
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """The factor of each sample, (B,): 0, or what makes up for those; None for ones."""
         if self.rate == 0.0 or not self.training:
-            return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep.div_(1 - self.rate)
+            return None
+        return x.new_empty(len(x)).bernoulli_(1 - self.rate).div_(1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
@@ -60,20 +67,34 @@ class DPE(DepthwiseConv):
 
 
 class Pointwise(nn.Conv3d):
-    """1x1x1 convolution: a Linear over channels, with the weight shape of the official Conv3d.
-
-    On a CPU it runs as the convolution, which took 0.7 of the Linear's time in fp32 (an FFN of 64
-    channels, forward; `benchmarks/bench_layers.py`); on a GPU as the matrix product it is.
-    """
+    """1x1x1 convolution: a Linear over channels, with the weight shape of the official Conv3d."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__(dim, out_dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., out_dim)."""
-        if x.device.type == "cpu" and x.ndim == 5 and x.numel() > 0:
-            return super().forward(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return pointwise(x, self.weight, self.bias)
+
+
+_LINEAR = (nn.Linear, Pointwise)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def why_not_around(module: nn.Module, **parts: tuple[type, ...]) -> str | None:
+    """Why a kernel may not use the parameters of `module`'s parts without calling those, or None.
+
+    Args:
+        module: what the kernel computes.
+        parts: for each name of a submodule, the types whose forward the kernel knows.
+    """
+    for name, types in parts.items():
+        part = getattr(module, name)
+        if type(part) not in types or "forward" in part.__dict__:
+            return f"{name} is a {type(part).__name__} with a forward of its own"
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            return f"{name} has hooks, which want to see it called"
+    return None
 
 
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -180,7 +201,15 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., C), before the residual."""
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        if self.why_not_fused() is not None:
+            return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        return ffn(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    def why_not_fused(self) -> str | None:
+        """Why the hidden layer is to be stored, or None."""
+        if self.drop.p > 0 and self.training:
+            return f"dropout of {self.drop.p} within the FFN: its kernels have none"
+        return why_not_around(self, fc1=_LINEAR, fc2=_LINEAR, drop=(nn.Dropout,))
 
 
 class PatchEmbed(nn.Module):

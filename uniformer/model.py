@@ -21,43 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uniformer.configs import InputConfig, UniFormerConfig
-from uniformer.layers import (
-    DPE,
-    FFN,
-    DepthwiseConv,
-    DropPath,
-    GlobalMHRA,
-    PatchEmbed,
-    Pointwise,
-    batch_norm,
-    local_mhra,
-)
+from uniformer.layers import DPE, FFN, DropPath, GlobalMHRA, PatchEmbed
+from uniformer.local_block import LocalBlock
 
 __all__ = ["GlobalBlock", "LocalBlock", "SplitBlock", "UniFormer"]
 
 MIN_SIZE = 32  # the product of the spatial strides
-
-
-class LocalBlock(nn.Module):
-    """A block of the shallow stages: BatchNorm, and aggregation in a small tube of tokens."""
-
-    def __init__(self, cfg: UniFormerConfig, dim: int, drop_path: float) -> None:
-        super().__init__()
-        self.pos_embed = DPE(dim) if cfg.dpe else nn.Identity()
-        self.norm1 = nn.BatchNorm3d(dim)
-        self.conv1 = Pointwise(dim, dim)
-        self.conv2 = Pointwise(dim, dim)
-        self.attn = DepthwiseConv(dim, cfg.tube_size)
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.BatchNorm3d(dim)
-        self.mlp = FFN(dim, int(dim * cfg.mlp_ratio), cfg.drop_rate, conv=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, H, W, C) -> (B, T, H, W, C)."""
-        x = self.pos_embed(x)
-        mhra = local_mhra(batch_norm(self.norm1, x), self.conv1, self.attn, self.conv2)
-        x = x + self.drop_path(mhra)
-        return x + self.drop_path(self.mlp(batch_norm(self.norm2, x)))
 
 
 class GlobalBlock(nn.Module):

@@ -1,7 +1,23 @@
 """The operators of UniFormer. Knows torch and triton, nothing of models."""
 
-from uniformer_kernels._runtime import backend, report
+from uniformer_kernels._norm import Norm, channel_stats, sync_stats
+from uniformer_kernels._runtime import announce, backend, current_backend, report
 from uniformer_kernels.attention import attention
 from uniformer_kernels.dwconv3d import MAX_KERNEL, dwconv3d
+from uniformer_kernels.ffn import ffn
+from uniformer_kernels.pointwise import pointwise
 
-__all__ = ["MAX_KERNEL", "attention", "backend", "dwconv3d", "report"]
+__all__ = [
+    "MAX_KERNEL",
+    "Norm",
+    "announce",
+    "attention",
+    "backend",
+    "channel_stats",
+    "current_backend",
+    "dwconv3d",
+    "ffn",
+    "pointwise",
+    "report",
+    "sync_stats",
+]

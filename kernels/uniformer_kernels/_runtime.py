@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from uniformer_kernels import _native
 
 __all__ = [
-    "BACKENDS", "announce", "backend", "current_backend", "functorch_is_active", "interpreting",
+    "BACKENDS", "announce", "backend", "check_dtypes", "check_shapes", "current_backend", "functorch_is_active", "interpreting",
     "multiprocessors", "native_library", "on_device", "parallel_for", "register", "report",
     "serving", "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
@@ -168,6 +168,29 @@ def _why_not_triton() -> str | None:
     if torch.cuda.is_available() or interpreting():
         return None
     return "there is no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, to test)"
+
+
+# --- What comes in --------------------------------------------------------------------
+
+
+def check_dtypes(x: torch.Tensor, **parameters: torch.Tensor | None) -> None:
+    """Raise ValueError unless x is floating point and the parameters are of its dtype or fp32."""
+    if x.dtype not in (*DTYPES.values(), torch.float64):
+        raise ValueError(f"x must be fp32, fp16, bf16 or fp64, got {x.dtype}")
+    for name, t in parameters.items():
+        if t is not None and t.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name} must be of x's dtype or fp32, got {t.dtype} for x {x.dtype}")
+
+
+def check_shapes(x: torch.Tensor, shapes: Mapping[str, tuple]) -> None:
+    """Raise ValueError unless each tensor, by name, has its shape and lies on x's device."""
+    for name, (t, shape) in shapes.items():
+        if t is not None and t.shape != torch.Size(shape):
+            raise ValueError(
+                f"{name} must be {tuple(shape)} for x {tuple(x.shape)}, got {tuple(t.shape)}"
+            )
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} must be on x's device, got {t.device} and {x.device}")
 
 
 # --- Devices --------------------------------------------------------------------------

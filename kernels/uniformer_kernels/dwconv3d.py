@@ -14,18 +14,16 @@ Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 6 and 8.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from uniformer_kernels import _runtime, dwconv3d_native
+from uniformer_kernels._norm import channel_stats
+from uniformer_kernels._operator import Operator
 
 __all__ = ["MAX_KERNEL", "dwconv3d", "dwconv3d_ref"]
 
@@ -90,21 +88,6 @@ def _fwd_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool)
 # --- Ops: shapes, dispatch, autograd --------------------------------------------------
 
 
-_library = torch.library.Library("uniformer", "FRAGMENT")
-_library.define(
-    "dwconv3d(Tensor x, Tensor weight, Tensor? bias, bool residual) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.define(
-    "dwconv3d_bwd(Tensor dy, Tensor x, Tensor weight, bool residual, bool with_dx, bool with_dw)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_fwd = torch.ops.uniformer.dwconv3d.default
-_bwd = torch.ops.uniformer.dwconv3d_bwd.default
-
-
-@torch.library.impl(_library, "dwconv3d", "CompositeExplicitAutograd")
 def _fwd_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
     """x (B, T, H, W, C), weight (C, 1, kt, kh, kw), bias (C,) -> y (B, T, H, W, C), contiguous."""
     served_by = _served_by("fwd", x, weight)
@@ -113,6 +96,21 @@ def _fwd_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) 
     if served_by == "reference":
         return _fwd_pytorch(x, weight, bias, residual)
     return _fwd_by(served_by, x, weight, bias, residual)
+
+
+def _stats_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool
+) -> tuple[Tensor, Tensor]:
+    """y as of `_fwd_kernel`, and (2, C): mean and biased variance of its channels."""
+    if _served_by("fwd", x, weight) == "triton":
+        return _triton().fwd_with_stats(x, weight, bias, residual)
+    y = _fwd_kernel(x, weight, bias, residual)
+    return y, channel_stats(y)
+
+
+def _stats_fake(x, weight, bias, residual):
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty(2, x.shape[-1], dtype=exact)
 
 
 def _served_by(direction: str, x: Tensor, weight: Tensor) -> str:
@@ -158,12 +156,10 @@ def _triton() -> ModuleType:
     return dwconv3d_triton
 
 
-@torch.library.register_fake("uniformer::dwconv3d", lib=_library)
 def _fwd_fake(x, weight, bias, residual):
     return x.new_empty(x.shape)
 
 
-@torch.library.impl(_library, "dwconv3d_bwd", "CompositeExplicitAutograd")
 def _bwd_kernel(
     dy: Tensor, x: Tensor, weight: Tensor, residual: bool, with_dx: bool, with_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,34 +195,65 @@ def _bwd_pytorch(
     return dx, dw, db
 
 
-@torch.library.register_fake("uniformer::dwconv3d_bwd", lib=_library)
 def _bwd_fake(dy, x, weight, residual, with_dx, with_dw):
     dx = dy.new_empty(dy.shape if with_dx else 0)
     dw = weight.new_empty(weight.shape if with_dw else 0)
     return dx, dw, weight.new_empty(weight.shape[0] if with_dw else 0)
 
 
+_fwd = Operator(
+    "dwconv3d(Tensor x, Tensor weight, Tensor? bias, bool residual) -> Tensor",
+    _fwd_kernel, _fwd_fake, _fwd_pytorch,
+)  # fmt: skip
+_stats = Operator(
+    "dwconv3d_stats(Tensor x, Tensor weight, Tensor? bias, bool residual) -> (Tensor, Tensor)",
+    _stats_kernel, _stats_fake,
+)  # fmt: skip
+_bwd = Operator(
+    "dwconv3d_bwd(Tensor dy, Tensor x, Tensor weight, bool residual, bool with_dx, bool with_dw)"
+    " -> (Tensor, Tensor, Tensor)",
+    _bwd_kernel, _bwd_fake, _bwd_pytorch,
+)  # fmt: skip
+
+
+@_fwd.differentiable
 class _Fwd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual):
         ctx.residual = residual
         ctx.save_for_backward(x, weight)
-        return _below_autograd("fwd", x, weight, bias, residual)
+        return _fwd.below_autograd(x, weight, bias, residual)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        dx, dw, db = _call("bwd", dy, x, weight, ctx.residual, for_x, for_weight or for_bias)
+        dx, dw, db = _bwd(dy, x, weight, ctx.residual, for_x, for_weight or for_bias)
         return dx if for_x else None, dw if for_weight else None, db if for_bias else None, None
 
 
+@_stats.differentiable
+class _Stats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual):
+        ctx.residual = residual
+        ctx.save_for_backward(x, weight)
+        y, stats = _stats.below_autograd(x, weight, bias, residual)
+        ctx.mark_non_differentiable(stats)
+        return y, stats
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        return _Fwd.backward(ctx, dy)
+
+
+@_bwd.differentiable
 class _Bwd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, x, weight, residual, with_dx, with_dw):
         ctx.residual, ctx.with_dx, ctx.with_dw = residual, with_dx, with_dw
         ctx.save_for_backward(dy, x, weight)
-        return _below_autograd("bwd", dy, x, weight, residual, with_dx, with_dw)
+        return _bwd.below_autograd(dy, x, weight, residual, with_dx, with_dw)
 
     @staticmethod
     def backward(ctx, gdx, gdw, gdb):
@@ -234,83 +261,21 @@ class _Bwd(torch.autograd.Function):
         dy, x, weight = ctx.saved_tensors
         g_dy = g_x = g_weight = None
         if ctx.with_dx:
-            g_dy = _call("fwd", gdx, weight, None, ctx.residual)
-            g_weight = _call("bwd", dy, gdx, weight, False, False, True)[1]
+            g_dy = _fwd(gdx, weight, None, ctx.residual)
+            g_weight = _bwd(dy, gdx, weight, False, False, True)[1]
         if ctx.with_dw:
-            share = _call("fwd", x, gdw, gdb, False)
+            share = _fwd(x, gdw, gdb, False)
             g_dy = share if g_dy is None else g_dy + share
-            g_x = _call("fwd", dy, gdw.flip(2, 3, 4), None, False)
+            g_x = _fwd(dy, gdw.flip(2, 3, 4), None, False)
         return g_dy, g_x, g_weight, None, None, None
 
 
-class _Op(NamedTuple):
-    op: Any
-    kernel: Callable
-    plain: Callable  # in plain PyTorch, which vmap understands
-    function: Any
-
-
-_OPS = {
-    "fwd": _Op(_fwd, _fwd_kernel, _fwd_pytorch, _Fwd),
-    "bwd": _Op(_bwd, _bwd_kernel, _bwd_pytorch, _Bwd),
-}
-
-
-def _call(name: str, *args: Any) -> Any:
-    """The operator, past PyTorch's dispatcher where only autograd listens: it takes 20-50 us."""
-    op, kernel, plain, function = _OPS[name]
-    if torch.compiler.is_compiling():
-        return op(*args)
-    if _runtime.functorch_is_active():  # in a batched backward pass; dwconv3d itself never calls
-        return plain(*args)
-    if not _only_autograd_listens(args):
-        return op(*args)
-    return function.apply(*args) if _needs_gradient(args) else kernel(*args)
-
-
-def _needs_gradient(args: Sequence) -> bool:
-    tensors = (a for a in args if isinstance(a, Tensor))
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _with_autograd(name: str, *args: Any) -> Any:
-    """What the dispatcher runs under its Autograd key."""
-    if _needs_gradient(args):
-        return _OPS[name].function.apply(*args)
-    return _below_autograd(name, *args)
-
-
-def _below_autograd(name: str, *args: Any) -> Any:
-    if _only_autograd_listens(args):
-        return _OPS[name].kernel(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _OPS[name].op(*args)
-
-
-def _only_autograd_listens(args: Sequence) -> bool:
-    """No compiler, no mode such as a counter of operations, and tensors as plain as they come."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    return all(_is_plain(a) for a in args if isinstance(a, Tensor))
-
-
-def _is_plain(t: Tensor) -> bool:
-    """No subclass, and memory of its own that says what it holds, not to be negated first."""
-    if type(t) not in (Tensor, Parameter) or not torch._C._has_storage(t):
-        return False
-    return not t.is_neg() and not t._is_zerotensor()
-
-
-_library.impl(_fwd, partial(_with_autograd, "fwd"), "Autograd")
-_library.impl(_bwd, partial(_with_autograd, "bwd"), "Autograd")
-
-
-@register_flop_formula(torch.ops.uniformer.dwconv3d)
+@register_flop_formula([_fwd.packet, _stats.packet])
 def _fwd_flops(x_shape, weight_shape, *_, **__):
     return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
 
 
-@register_flop_formula(torch.ops.uniformer.dwconv3d_bwd)
+@register_flop_formula(_bwd.packet)
 def _bwd_flops(dy_shape, x_shape, weight_shape, residual, with_dx, with_dw, **_):
     return _fwd_flops(x_shape, weight_shape) * (with_dx + with_dw)
 
@@ -319,8 +284,9 @@ def _bwd_flops(dy_shape, x_shape, weight_shape, residual, with_dx, with_dw, **_)
 
 
 def dwconv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False,
+    stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Convolve every channel of `x` with its own kernel.
 
     Equivalent to `F.conv3d(x, weight, bias, padding="same", groups=C)` with channels last.
@@ -334,9 +300,12 @@ def dwconv3d(
         weight: (C, 1, kt, kh, kw), each of kt, kh, kw odd and from 1 to 9; of x's dtype, or fp32.
         bias: (C,), of the weight's dtype.
         residual: add `x` to the result.
+        stats: also return mean and biased variance of the result's channels, which the BatchNorm
+            after it needs.
 
     Returns:
-        (B, T, H, W, C), contiguous, in `x`'s dtype.
+        (B, T, H, W, C), contiguous, in `x`'s dtype; with `stats`, that and a (2, C) tensor in fp32
+        (of fp64, in fp64), which carries no gradient.
 
     Raises:
         ValueError: a shape or dtype is not as above, or the backend that was asked for does not
@@ -344,14 +313,17 @@ def dwconv3d(
         RuntimeError: the backend that was asked for cannot run here.
     """
     _check(x, weight, bias)
+    if stats and x.numel() == 0:
+        raise ValueError(f"nothing has no statistics: x is {tuple(x.shape)}")
     device = x.device.type
     known = device in ("cpu", "cuda")
     if known and torch.is_autocast_enabled(device) and not residual and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     plain = not known or x.dtype == torch.float64 or _runtime.current_backend() == "reference"
     if x.numel() and (plain or _runtime.under_torch_func("dwconv3d")):
-        return dwconv3d_ref(x, weight, bias, residual=residual)
-    return _call("fwd", x, weight, bias, residual)
+        y = dwconv3d_ref(x, weight, bias, residual=residual)
+        return (y, channel_stats(y)) if stats else y
+    return (_stats if stats else _fwd)(x, weight, bias, residual)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -368,12 +340,5 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"the kernel must be odd and at most {MAX_KERNEL} along every axis, "
             f"got {tuple(weight.shape[2:])}"
         )
-    if bias is not None and bias.shape != (C,):
-        raise ValueError(f"bias must be ({C},), got {tuple(bias.shape)}")
-    if x.dtype not in (*dwconv3d_native.DTYPES, torch.float64):
-        raise ValueError(f"x must be fp32, fp16, bf16 or fp64, got {x.dtype}")
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"{name} must be of x's dtype or fp32, got {t.dtype} for x {x.dtype}")
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} must be on x's device, got {t.device} and {x.device}")
+    _runtime.check_dtypes(x, weight=weight, bias=bias)
+    _runtime.check_shapes(x, {"weight": (weight, weight.shape), "bias": (bias, (C,))})

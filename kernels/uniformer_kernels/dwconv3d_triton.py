@@ -21,6 +21,7 @@ from torch import Tensor
 from triton import cdiv
 
 from uniformer_kernels import _runtime
+from uniformer_kernels._norm import merge_stats
 
 __all__ = ["bwd_weight", "bwd_weight_config", "fwd", "fwd_config", "fwd_with_stats"]
 
@@ -56,8 +57,8 @@ def _dwconv3d_fwd_kernel(
 ):  # fmt: skip
     """Weight is (KT * KH * KW, C); MIRROR reads its taps from the last to the first.
 
-    Stats, where there are some, is (programs of a block of channels, 2, C): the sum of this
-    program's outputs, as they are stored, and of their squares.
+    Stats, where there are some, is (programs of a block of channels, 3, C): how many outputs this
+    program stores, their mean, and the sum of their squared deviations from it.
     """
     tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -99,7 +100,8 @@ def _dwconv3d_fwd_kernel(
     here = corner + (t.to(tl.int64) * stride_xt)[:, None]
     to = Y + (((bt.to(tl.int64) * H + h0) * W + w0) * C)[:, None] + c[None, :]
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    count = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    ys = ()
     for s in tl.static_range(NH * NW):
         h, w = h0 + s // NW, w0 + s % NW
         mask = ((tile < tiles) & (h < H) & ((w < W) | EVEN_W))[:, None] & in_c
@@ -114,11 +116,21 @@ def _dwconv3d_fwd_kernel(
         if Stats is not None:
             y = tl.where(mask, y.to(tl.float32), 0.0)
             total += y
-            squares += y * y
+            count += tl.where(mask, 1.0, 0.0)
+            ys = ys + (y,)
     if Stats is not None:
-        stats = Stats + tl.program_id(0).to(tl.int64) // tiles_c * 2 * C + c
-        tl.store(stats, tl.sum(total, axis=0), mask=c < C)
-        tl.store(stats + C, tl.sum(squares, axis=0), mask=c < C)
+        n = tl.maximum(tl.sum(count, axis=0), 1.0)
+        mean = tl.sum(total, axis=0) / n
+        squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        for s in tl.static_range(NH * NW):
+            h, w = h0 + s // NW, w0 + s % NW
+            mask = ((tile < tiles) & (h < H) & ((w < W) | EVEN_W))[:, None] & in_c
+            d = tl.where(mask, ys[s] - mean[None, :], 0.0)
+            squares += d * d
+        stats = Stats + tl.program_id(0).to(tl.int64) // tiles_c * 3 * C + c
+        tl.store(stats, tl.sum(count, axis=0), mask=c < C)
+        tl.store(stats + C, mean, mask=c < C)
+        tl.store(stats + 2 * C, tl.sum(squares, axis=0), mask=c < C)
 
 
 @triton.jit
@@ -306,13 +318,10 @@ def fwd(
 def fwd_with_stats(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool
 ) -> tuple[Tensor, Tensor]:
-    """y as of `fwd`, and (2, C) fp32: the sum of each channel of y, and of its squares.
-
-    It is what the BatchNorm after it needs, without a pass of its own over y.
-    """
+    """y as of `fwd`, and (2, C) fp32: mean and biased variance, without a pass of its own."""
     y, stats = _fwd(x, weight, bias, residual, mirror=False, tuned=None, with_stats=True)
     assert stats is not None
-    return y, stats.sum(0)
+    return y, merge_stats(stats)
 
 
 def _fwd(
@@ -326,7 +335,7 @@ def _fwd(
     grid, arguments, warps = fwd_config(x.shape, x.stride(3), kernel, tuned)
     C = x.shape[-1]
     programs = grid[0] // cdiv(C, arguments["BLOCK_C"])
-    stats = x.new_empty(programs, 2, C, dtype=torch.float32) if with_stats else None
+    stats = x.new_empty(programs, 3, C, dtype=torch.float32) if with_stats else None
     with _runtime.on_device(x):
         _dwconv3d_fwd_kernel[grid](
             x, _packed(weight), bias, y, stats, *x.stride()[:3],

@@ -1,0 +1,124 @@
+"""BatchNorm without passes of its own: what the operators around it know of it.
+
+The operator that writes an activation also takes its statistics; the one that reads it normalises
+what it loads. Statistics are (2, C), mean and biased variance, as deviations from a mean of their
+own part of the tensor and merged by Chan's formula, so that a large mean costs no digits.
+
+The gradient through normalised values t = gamma * xhat + beta is, over n rows,
+
+    dx = gamma * rstd * (dt - dbeta / n - xhat * dgamma / n)
+
+and where t only enters a matrix product with weight W, whose gradient is needed anyway, the sums
+over rows come out of that: with G = dout^T xhat and db = sum dout, both of W's size,
+
+    dgamma = sum_n W * G    dbeta = db W    dW = gamma * G + db beta^T
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Norm", "Prologue", "Sums", "channel_stats", "merge_stats", "sync_stats"]
+
+
+class Norm(NamedTuple):
+    """A BatchNorm in training, for an operator to apply to what it reads.
+
+    Attributes:
+        stats: (2, C), mean and biased variance of the operator's input.
+        weight: (C,), gamma, or None for ones.
+        bias: (C,), beta, or None for zeros.
+        eps: added to the variance.
+        group: name of the process group whose ranks share the statistics, or "".
+    """
+
+    stats: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+    group: str = ""
+
+
+class Prologue(NamedTuple):
+    """A norm in numbers: (x - mean) * rstd is xhat, gamma * xhat + beta what the product takes."""
+
+    mean: Tensor
+    rstd: Tensor
+    gamma: Tensor
+    beta: Tensor
+
+    @classmethod
+    def of(
+        cls, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
+    ) -> "Prologue | None":
+        if stats is None:
+            return None
+        mean, var = stats
+        gamma = torch.ones_like(mean) if gamma is None else gamma.to(mean.dtype)
+        beta = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
+        return cls(mean, (var + eps).rsqrt(), gamma, beta)
+
+
+class Sums(NamedTuple):
+    """What the gradient of the product's weight tells of the norm before it."""
+
+    weight: Tensor  # (N, C), the gradient of the weight itself
+    gamma: Tensor  # (C,)
+    beta: Tensor
+
+    @classmethod
+    def of(cls, G: Tensor, db: Tensor, weight: Tensor, norm: Prologue | None) -> "Sums":
+        """G (N, C) = dout^T xhat, db (N,) and the product's weight (N, C)."""
+        if norm is None:
+            return cls(G, G.new_empty(0), G.new_empty(0))
+        weight = weight.to(G.dtype)
+        dw = G * norm.gamma + db[:, None] * norm.beta
+        return cls(dw, (weight * G).sum(0), db @ weight)
+
+    def means(self, rows: int, group: str) -> tuple[Tensor, Tensor]:
+        """dgamma / n and dbeta / n, over the rows of all ranks."""
+        if not group:
+            return self.gamma / rows, self.beta / rows
+        total = torch.cat([self.gamma, self.beta, self.gamma.new_full((1,), rows)])
+        dist.all_reduce(total, group=_group(group))
+        gamma, beta = total[:-1].chunk(2)
+        return gamma / total[-1], beta / total[-1]
+
+
+def channel_stats(x: Tensor) -> Tensor:
+    """x (..., C), not empty -> (2, C), mean and biased variance, in fp32 or, of fp64, in fp64."""
+    x = x.detach().reshape(-1, x.shape[-1])
+    x = x if x.dtype == torch.float64 else x.float()
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        var, mean = torch.var_mean(x, 0, correction=0)
+        return torch.stack([mean, var])
+    # 30 times as fast there: 0.14 against 4.7 ms for 25,088 rows of 64 channels, two threads.
+    channels_last = x.view(1, 1, 1, *x.shape).permute(0, 4, 1, 2, 3)
+    return torch.stack(torch.ops.aten.batch_norm_update_stats(channels_last, None, None, 0.0))
+
+
+def merge_stats(parts: Tensor) -> Tensor:
+    """parts (P, 3, C): rows, mean and summed squared deviations of each -> (2, C), as above."""
+    rows, mean, squares = parts.unbind(1)
+    n = rows.sum(0)
+    total = (rows * mean).sum(0) / n
+    squares = squares + rows * (mean - total).square()
+    return torch.stack([total, squares.sum(0) / n])
+
+
+def sync_stats(stats: Tensor, rows: int, group: str) -> tuple[Tensor, int]:
+    """Statistics and rows of all ranks of `group` together; those of this rank without one."""
+    if not group:
+        return stats, rows
+    mean, var = stats
+    part = torch.stack([torch.full_like(mean, rows), mean, var * rows])
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(_group(group)))]
+    dist.all_gather(parts, part, group=_group(group))
+    merged = torch.stack(parts)
+    return merge_stats(merged), int(merged[:, 0, 0].sum().item())
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return torch._C._distributed_c10d._resolve_process_group(name)

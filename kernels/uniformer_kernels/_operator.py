@@ -1,0 +1,97 @@
+"""How an operator is told to PyTorch, and how it is called without PyTorch's dispatcher.
+
+`torch.library` makes an operator known to compilers, exporters and counters, but a call through
+its dispatcher takes 20-50 us. Where nothing but autograd listens, `Operator` goes straight to the
+kernel, and with gradients to the `torch.autograd.Function` around it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from uniformer_kernels import _runtime
+
+__all__ = ["Operator"]
+
+_library = torch.library.Library("uniformer", "FRAGMENT")
+
+
+class Operator:
+    """The operator `torch.ops.uniformer.<name>`; calling it runs it.
+
+    Args:
+        schema: its name, arguments and results, in PyTorch's words.
+        kernel: what runs, on any device, below autograd.
+        fake: shapes and dtypes of the results, for compilers.
+        plain: the same in plain PyTorch, for a batched backward pass (`is_grads_batched`); without
+            it, that raises.
+    """
+
+    def __init__(
+        self, schema: str, kernel: Callable, fake: Callable, plain: Callable | None = None
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        self.packet = getattr(torch.ops.uniformer, self.name)
+        self.op = self.packet.default
+        self.kernel, self.plain = kernel, plain
+        self.function: Any = None
+        torch.library.impl(_library, self.name, "CompositeExplicitAutograd")(kernel)
+        torch.library.register_fake(f"uniformer::{self.name}", fake, lib=_library)
+
+    def differentiable(self, function: Any) -> Any:
+        """Decorates the `torch.autograd.Function` whose forward calls `below_autograd`."""
+        self.function = function
+        _library.impl(self.op, partial(_under_autograd, self), "Autograd")
+        return function
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.op(*args)
+        if _runtime.functorch_is_active():  # in a batched backward pass
+            if self.plain is None:
+                raise RuntimeError(
+                    f"{self.name} has no batched gradient; under "
+                    f"uniformer_kernels.backend('reference') it has"
+                )
+            return self.plain(*args)
+        if not _only_autograd_listens(args):
+            return self.op(*args)
+        return self.function.apply(*args) if _needs_gradient(args) else self.kernel(*args)
+
+    def below_autograd(self, *args: Any) -> Any:
+        """What a gradient's forward calls."""
+        if _only_autograd_listens(args):
+            return self.kernel(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.op(*args)
+
+
+def _under_autograd(operator: Operator, *args: Any) -> Any:
+    """What the dispatcher runs under its Autograd key."""
+    if _needs_gradient(args):
+        return operator.function.apply(*args)
+    return operator.below_autograd(*args)
+
+
+def _needs_gradient(args: Sequence) -> bool:
+    tensors = (a for a in args if isinstance(a, Tensor))
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _only_autograd_listens(args: Sequence) -> bool:
+    """No compiler, no mode such as a counter of operations, and tensors as plain as they come."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(_is_plain(a) for a in args if isinstance(a, Tensor))
+
+
+def _is_plain(t: Tensor) -> bool:
+    """No subclass, and memory of its own that says what it holds, not to be negated first."""
+    if type(t) not in (Tensor, Parameter) or not torch._C._has_storage(t):
+        return False
+    return not t.is_neg() and not t._is_zerotensor()

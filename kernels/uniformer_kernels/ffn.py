@@ -1,0 +1,305 @@
+"""Feed-forward network, the FFN of eq. 3, with what surrounds it in a block.
+
+    y = x + scale * (GELU(norm(x) W1^T + b1) W2^T + b2)
+
+with the exact GELU, h * (1 + erf(h / sqrt(2))) / 2. The hidden layer, four times as wide as x, is
+made a piece at a time and never stored; the gradient makes it anew. So x alone is kept for it.
+
+On a GPU a program has a tile of rows on its chip (`ffn_triton.py`, up to 128 channels; wider ones
+are left to the library's products). On a CPU rows go in chunks that stay in the cache.
+
+Shapes: M rows (B * T * H * W), C channels, F hidden channels.
+Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 3.
+"""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from uniformer_kernels import _runtime
+from uniformer_kernels._chunked import (
+    Normalised,
+    accumulate,
+    chunks,
+    compute_dtype,
+    per_row,
+    product,
+    through_norm,
+)
+from uniformer_kernels._norm import Norm, Prologue, Sums
+from uniformer_kernels._operator import Operator
+
+__all__ = ["ffn", "ffn_ref"]
+
+WIDEST = 128  # channels of which a tile of rows and both matrices' tiles fit a GPU's registers
+
+_runtime.register("ffn", {"cuda": ("triton",), "cpu": ("chunked", "triton")})
+
+
+# --- Reference ------------------------------------------------------------------------
+
+
+def ffn_ref(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *,
+    norm: Norm | None = None, scale: Tensor | None = None, residual: bool = False,
+) -> Tensor:  # fmt: skip
+    """`ffn` in plain PyTorch; a norm takes the statistics of x itself."""
+    w1, b1, w2, b2 = (None if t is None else t.to(x.dtype) for t in (w1, b1, w2, b2))
+    z = x
+    if norm is not None:
+        rows = x.reshape(-1, x.shape[-1])
+        gamma, beta = (None if t is None else t.to(x.dtype) for t in (norm.weight, norm.bias))
+        z = F.batch_norm(rows, None, None, gamma, beta, True, 0.0, norm.eps).view(x.shape)
+    y = F.linear(F.gelu(F.linear(z, w1.flatten(1), b1)), w2.flatten(1), b2)
+    y = y if scale is None else y * scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
+    return x + y if residual else y
+
+
+# --- On a CPU -------------------------------------------------------------------------
+
+
+def _fwd_chunked(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    norm: Prologue | None, scale: Tensor | None, residual: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """x (M, C), w1 (F, C), w2 (C, F), scale (B,) -> y (M, C)."""
+    compute = compute_dtype(dtype)
+    y = x.new_empty(len(x), len(w2), dtype=x.dtype if residual else dtype)
+    w1, w2 = w1.to(compute).t(), w2.to(compute).t()
+    b1, b2 = (None if b is None else b.to(compute) for b in (b1, b2))
+    inputs, scale = Normalised(norm, x, compute), per_row(scale, len(x))
+    for rows in chunks(len(x), compute):
+        hidden = torch.ops.aten.gelu_(product(inputs[rows], w1, b1))
+        out = product(hidden, w2, b2)
+        out = out if scale is None else out * scale[rows]
+        y[rows] = x[rows] + out if residual else out
+    return y
+
+
+def _bwd_chunked(
+    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, norm: Prologue | None,
+    scale: Tensor | None, residual: bool, dtype: torch.dtype, group: str, with_dx: bool,
+    with_dw: bool,
+) -> tuple[Tensor | None, Sums, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx (M, C) in x's dtype; gradients of w1 (F, C) and the norm, of b1, of w2 and of b2."""
+    compute = compute_dtype(dtype)
+    exact = torch.promote_types(torch.float32, compute)
+    dx = x.new_empty(x.shape) if with_dx else None
+    G, db1 = x.new_zeros(w1.shape, dtype=exact), x.new_zeros(len(w1), dtype=exact)
+    dw2, db2 = x.new_zeros(w2.shape, dtype=exact), x.new_zeros(len(w2), dtype=exact)
+    c1, c2, bias = w1.to(compute), w2.to(compute), None if b1 is None else b1.to(compute)
+    inputs, scale = Normalised(norm, x, compute), per_row(scale, len(x))
+    for rows in chunks(len(x), compute):
+        d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(compute)
+        h = product(inputs[rows], c1.t(), bias)
+        dh = torch.ops.aten.gelu_backward(d @ c2, h)
+        if with_dw or norm is not None:
+            accumulate(G, dh.t(), inputs.standard(rows))
+            db1 += dh.sum(0, dtype=exact)
+        if with_dw:
+            accumulate(dw2, d.t(), torch.ops.aten.gelu_(h))
+            db2 += d.sum(0, dtype=exact)
+        if dx is not None:
+            dx[rows] = dh @ c1
+    sums = Sums.of(G, db1, w1, norm)
+    if dx is not None and norm is not None:
+        through_norm(dx, x, norm, sums, group)
+    if dx is not None and residual:
+        dx += dy
+    return dx, sums, db1, dw2, db2
+
+
+# --- Ops: shapes, dispatch, autograd --------------------------------------------------
+
+
+def _fwd_kernel(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, stats: Tensor | None,
+    gamma: Tensor | None, beta: Tensor | None, eps: float, group: str, scale: Tensor | None,
+    residual: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    norm, rows = Prologue.of(stats, gamma, beta, eps), x.reshape(-1, x.shape[-1])
+    triton = _runtime.serving("ffn", x.device) == "triton"
+    run = _triton().fwd if triton else _fwd_chunked
+    with torch.autocast(x.device.type, enabled=False):
+        y = run(rows, w1.flatten(1), b1, w2.flatten(1), b2, norm, scale, residual, dtype)
+    return y.view(x.shape)
+
+
+def _triton() -> ModuleType:
+    """Its kernels, where they are first needed: not every machine has Triton."""
+    from uniformer_kernels import ffn_triton
+
+    return ffn_triton
+
+
+def _fwd_fake(
+    x, w1, b1, w2, b2, stats, gamma, beta, eps, group, scale, residual, dtype
+):  # fmt: skip
+    return x.new_empty(x.shape, dtype=x.dtype if residual else dtype)
+
+
+def _bwd_kernel(
+    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, stats: Tensor | None,
+    gamma: Tensor | None, beta: Tensor | None, eps: float, group: str, scale: Tensor | None,
+    residual: bool, dtype: torch.dtype, with_dx: bool, with_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx in x's dtype; gradients of w1, b1, w2, b2, gamma and beta in the weights'.
+
+    Those that are not wanted come with no elements.
+    """
+    outputs = _bwd_fake(
+        dy, x, w1, b1, w2, stats, gamma, beta, eps, group, scale, residual, dtype, with_dx, with_dw
+    )
+    norm, C = Prologue.of(stats, gamma, beta, eps), x.shape[-1]
+    triton = _runtime.serving("ffn", x.device) == "triton"
+    run = _triton().bwd if triton else _bwd_chunked
+    with torch.autocast(x.device.type, enabled=False):
+        dx, sums, db1, dw2, db2 = run(
+            dy.reshape(-1, C), x.reshape(-1, C), w1.flatten(1), b1, w2.flatten(1), norm, scale,
+            residual, dtype, group, with_dx, with_dw,
+        )  # fmt: skip
+    found = (dx, sums.weight, db1, dw2, db2, sums.gamma, sums.beta)
+    return tuple(
+        want if want.numel() == 0 else got.view(want.shape).to(want.dtype)
+        for want, got in zip(outputs, found, strict=True)
+    )
+
+
+def _bwd_fake(
+    dy, x, w1, b1, w2, stats, gamma, beta, eps, group, scale, residual, dtype, with_dx, with_dw
+):  # fmt: skip
+    C, F = x.shape[-1], w1.shape[0]
+    channels = C if with_dw and stats is not None else 0
+    return (
+        x.new_empty(x.shape if with_dx else 0),
+        w1.new_empty(w1.shape if with_dw else 0),
+        w1.new_empty(F if with_dw else 0),
+        w2.new_empty(w2.shape if with_dw else 0),
+        w2.new_empty(C if with_dw else 0),
+        w1.new_empty(channels),
+        w1.new_empty(channels),
+    )
+
+
+_NORM = "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, str group, Tensor? scale"
+_fwd = Operator(
+    f"ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, {_NORM}, bool residual,"
+    " ScalarType dtype) -> Tensor",
+    _fwd_kernel, _fwd_fake,
+)  # fmt: skip
+_bwd = Operator(
+    f"ffn_bwd(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, {_NORM}, bool residual,"
+    " ScalarType dtype, bool with_dx, bool with_dw)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd_kernel, _bwd_fake,
+)  # fmt: skip
+
+
+@_fwd.differentiable
+class _Fwd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, w1, b1, w2, b2, stats, gamma, beta, eps, group, scale, residual, dtype
+    ):  # fmt: skip
+        ctx.save_for_backward(x, w1, b1, w2, stats, gamma, beta, scale)
+        ctx.rest = eps, group, residual, dtype
+        return _fwd.below_autograd(
+            x, w1, b1, w2, b2, stats, gamma, beta, eps, group, scale, residual, dtype
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, w1, b1, w2, stats, gamma, beta, scale = ctx.saved_tensors
+        eps, group, residual, dtype = ctx.rest
+        for_x, for_w1, for_b1, for_w2, for_b2, _, for_gamma, for_beta = ctx.needs_input_grad[:8]
+        wanted = (for_x, for_w1, for_b1, for_w2, for_b2, for_gamma, for_beta)
+        found = _bwd(
+            dy, x, w1, b1, w2, stats, gamma, beta, eps, group, scale, residual, dtype, for_x,
+            any(wanted[1:]),
+        )  # fmt: skip
+        dx, dw1, db1, dw2, db2, dgamma, dbeta = (
+            g if want else None for g, want in zip(found, wanted, strict=True)
+        )
+        return dx, dw1, db1, dw2, db2, None, dgamma, dbeta, None, None, None, None, None
+
+
+@register_flop_formula(_fwd.packet)
+def _fwd_flops(x_shape, w1_shape, *_, **__):
+    return 4 * torch.Size(x_shape).numel() * w1_shape[0]
+
+
+@register_flop_formula(_bwd.packet)
+def _bwd_flops(dy_shape, x_shape, w1_shape, *rest, **_):
+    """As usual, without what is made anew."""
+    with_dx, with_dw = rest[-2:]
+    return _fwd_flops(x_shape, w1_shape) * (with_dx + with_dw)
+
+
+# --- Public ---------------------------------------------------------------------------
+
+
+def ffn(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *,
+    norm: Norm | None = None, scale: Tensor | None = None, residual: bool = False,
+) -> Tensor:  # fmt: skip
+    """Two products with an exact GELU between: scale * (gelu(norm(x) @ w1.T + b1) @ w2.T + b2).
+
+    Differentiable once, with respect to x, the weights, the biases and the norm's; the gradient of
+    x goes through the norm's statistics too. Under autocast the products are made in its dtype,
+    while x is normalised, and added, in its own.
+
+    Args:
+        x: (B, ..., C), fp32, fp16, bf16 or fp64.
+        w1: (F, C), or (F, C, 1, 1, 1) as of an nn.Conv3d; of x's dtype, or fp32.
+        b1: (F,), of w1's dtype, or None.
+        w2: (C, F), likewise.
+        b2: (C,), likewise.
+        norm: BatchNorm of x in training mode; `Norm.stats` are x's.
+        scale: (B,), factor on the result for each clip.
+        residual: add `x`.
+
+    Returns:
+        (B, ..., C), in autocast's dtype or x's; with `residual` always in x's.
+
+    Raises:
+        ValueError: a shape or dtype is not as above.
+    """
+    _check(x, w1, b1, w2, b2, norm, scale)
+    dtype, device = x.dtype, x.device.type
+    known = device in ("cpu", "cuda")
+    if known and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    reference = not known or _runtime.current_backend() == "reference" or x.numel() == 0
+    if device == "cuda" and _runtime.current_backend() != "triton":
+        reference = reference or dtype == torch.float64 or x.shape[-1] > WIDEST
+    if reference or _runtime.under_torch_func("ffn"):
+        return ffn_ref(x, w1, b1, w2, b2, norm=norm, scale=scale, residual=residual)
+    found, gamma, beta, eps, group = norm or (None, None, None, 0.0, "")
+    return _fwd(x, w1, b1, w2, b2, found, gamma, beta, eps, group, scale, residual, dtype)
+
+
+def _check(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, norm: Norm | None,
+    scale: Tensor | None,
+) -> None:  # fmt: skip
+    if x.ndim < 2:
+        raise ValueError(f"x must be (B, ..., C), got shape {tuple(x.shape)}")
+    C = x.shape[-1]
+    hidden = w1.shape[0] if w1.ndim else 0
+    for name, w, size in (("w1", w1, (hidden, C)), ("w2", w2, (C, hidden))):
+        if w.shape[:2] != size or w.numel() != hidden * C or hidden == 0:
+            raise ValueError(
+                f"{name} must be {size}, or with sizes of 1 behind, for x {tuple(x.shape)}, "
+                f"got {tuple(w.shape)}"
+            )
+    _runtime.check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2)
+    shapes = {"b1": (b1, (hidden,)), "b2": (b2, (C,)), "scale": (scale, x.shape[:1])}
+    if norm is not None:
+        shapes |= {"norm.stats": (norm.stats, (2, C))}
+        shapes |= {"norm.weight": (norm.weight, (C,)), "norm.bias": (norm.bias, (C,))}
+    _runtime.check_shapes(x, shapes)

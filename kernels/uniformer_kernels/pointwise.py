@@ -1,0 +1,308 @@
+"""1x1x1 convolution, a matrix product over channels, with what surrounds it in a local block.
+
+    y = residual + scale * (norm(x) W^T + bias)
+
+`norm` is a BatchNorm in training whose statistics are known, applied to what is loaded; `scale`
+is the drop path's, a number for each clip. Statistics of y come out on demand, for the next norm.
+
+On a GPU a program makes a tile of rows times a tile of channels (`pointwise_triton.py`). On a CPU
+rows go in chunks through the library's matrix product.
+
+Shapes: M rows (B * T * H * W), K channels in, N channels out.
+Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 5 and 6.
+"""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from uniformer_kernels import _runtime
+from uniformer_kernels._chunked import (
+    Normalised,
+    accumulate,
+    chunks,
+    compute_dtype,
+    per_row,
+    product,
+    through_norm,
+)
+from uniformer_kernels._norm import Norm, Prologue, Sums, channel_stats
+from uniformer_kernels._operator import Operator
+
+__all__ = ["pointwise", "pointwise_ref"]
+
+_runtime.register("pointwise", {"cuda": ("triton",), "cpu": ("chunked", "triton")})
+
+
+# --- Reference ------------------------------------------------------------------------
+
+
+def pointwise_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None,
+    scale: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`pointwise` in plain PyTorch; a norm takes the statistics of x itself."""
+    if norm is not None:
+        rows = x.reshape(-1, x.shape[-1])
+        gamma, beta = (None if t is None else t.to(x.dtype) for t in (norm.weight, norm.bias))
+        x = F.batch_norm(rows, None, None, gamma, beta, True, 0.0, norm.eps).view(x.shape)
+    y = F.linear(x, weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = y if scale is None else y * scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
+    return y if residual is None else residual + y
+
+
+# --- On a CPU -------------------------------------------------------------------------
+
+
+def _fwd_chunked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Prologue | None, scale: Tensor | None,
+    residual: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """x (M, K), weight (N, K), scale (B,), residual (M, N) -> y (M, N)."""
+    compute = compute_dtype(dtype)
+    y = x.new_empty(len(x), len(weight), dtype=dtype if residual is None else residual.dtype)
+    weight, scale = weight.to(compute).t(), per_row(scale, len(x))
+    bias = None if bias is None else bias.to(compute)
+    inputs = Normalised(norm, x, compute)
+    for rows in chunks(len(x), compute):
+        if residual is None and scale is None and y.dtype == compute:
+            product(inputs[rows], weight, bias, out=y[rows])
+            continue
+        out = product(inputs[rows], weight, bias)
+        out = out if scale is None else out * scale[rows]
+        y[rows] = out if residual is None else residual[rows] + out
+    return y
+
+
+def _bwd_chunked(
+    dy: Tensor, x: Tensor, weight: Tensor, norm: Prologue | None, scale: Tensor | None,
+    dtype: torch.dtype, group: str, with_dx: bool, with_dw: bool,
+) -> tuple[Tensor | None, Sums, Tensor]:  # fmt: skip
+    """dx (M, K) in x's dtype, the gradients of the weight (N, K) and norm, and of the bias (N,)."""
+    compute = compute_dtype(dtype)
+    exact = torch.promote_types(torch.float32, compute)
+    dx = x.new_empty(x.shape) if with_dx else None
+    G, db = x.new_zeros(weight.shape, dtype=exact), x.new_zeros(len(weight), dtype=exact)
+    cast, scale = weight.to(compute), per_row(scale, len(x))
+    inputs = Normalised(norm, x, compute)
+    for rows in chunks(len(x), compute):
+        d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(compute)
+        if with_dw or norm is not None:
+            accumulate(G, d.t(), inputs.standard(rows))
+            db += d.sum(0, dtype=exact)
+        if dx is not None:
+            dx[rows] = d @ cast
+    sums = Sums.of(G, db, weight, norm)
+    if dx is not None and norm is not None:
+        through_norm(dx, x, norm, sums, group)
+    return dx, sums, db
+
+
+# --- Ops: shapes, dispatch, autograd --------------------------------------------------
+
+
+def _fwd_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, group: str, scale: Tensor | None, residual: Tensor | None,
+    with_stats: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    norm = Prologue.of(stats, gamma, beta, eps)
+    rows, weight = x.reshape(-1, x.shape[-1]), weight.flatten(1)
+    residual = None if residual is None else residual.reshape(-1, len(weight))
+    arguments = (rows, weight, bias, norm, scale, residual, dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if _runtime.serving("pointwise", x.device) == "triton":
+            out, found = _triton().fwd(*arguments, with_stats)
+        else:
+            out = _fwd_chunked(*arguments)
+            found = channel_stats(out) if with_stats else None
+    out = out.view(*x.shape[:-1], len(weight))
+    return out, out.new_empty(0) if found is None else found
+
+
+def _triton() -> ModuleType:
+    """Its kernels, where they are first needed: not every machine has Triton."""
+    from uniformer_kernels import pointwise_triton
+
+    return pointwise_triton
+
+
+def _fwd_fake(
+    x, weight, bias, stats, gamma, beta, eps, group, scale, residual, with_stats, dtype
+):  # fmt: skip
+    N, dtype = weight.shape[0], dtype if residual is None else residual.dtype
+    found = x.new_empty(
+        (2, N) if with_stats else 0, dtype=torch.promote_types(torch.float32, dtype)
+    )
+    return x.new_empty((*x.shape[:-1], N), dtype=dtype), found
+
+
+def _bwd_kernel(
+    dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, group: str, scale: Tensor | None, dtype: torch.dtype,
+    with_dx: bool, with_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx in x's dtype; gradients of weight, bias, gamma and beta in the weight's.
+
+    Those that are not wanted come with no elements.
+    """
+    outputs = _bwd_fake(
+        dy, x, weight, stats, gamma, beta, eps, group, scale, dtype, with_dx, with_dw
+    )
+    norm = Prologue.of(stats, gamma, beta, eps)
+    rows, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1)
+    arguments = (dy.reshape(-1, len(weight)), rows, matrix, norm, scale, dtype, group)
+    with torch.autocast(x.device.type, enabled=False):
+        if _runtime.serving("pointwise", x.device) == "triton":
+            dx, sums, db = _triton().bwd(*arguments, with_dx, with_dw)
+        else:
+            dx, sums, db = _bwd_chunked(*arguments, with_dx, with_dw)
+    found = (dx, sums.weight, db, sums.gamma, sums.beta)
+    return tuple(
+        want if want.numel() == 0 else got.view(want.shape).to(want.dtype)
+        for want, got in zip(outputs, found, strict=True)
+    )
+
+
+def _bwd_fake(dy, x, weight, stats, gamma, beta, eps, group, scale, dtype, with_dx, with_dw):
+    N, normed = weight.shape[0], with_dw and stats is not None
+    channels = x.shape[-1] if normed else 0
+    return (
+        x.new_empty(x.shape if with_dx else 0),
+        weight.new_empty(weight.shape if with_dw else 0),
+        weight.new_empty(N if with_dw else 0),
+        weight.new_empty(channels),
+        weight.new_empty(channels),
+    )
+
+
+_NORM = "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, str group, Tensor? scale"
+_fwd = Operator(
+    f"pointwise(Tensor x, Tensor weight, Tensor? bias, {_NORM}, Tensor? residual, bool with_stats,"
+    " ScalarType dtype) -> (Tensor, Tensor)",
+    _fwd_kernel, _fwd_fake,
+)  # fmt: skip
+_bwd = Operator(
+    f"pointwise_bwd(Tensor dy, Tensor x, Tensor weight, {_NORM}, ScalarType dtype, bool with_dx,"
+    " bool with_dw) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd_kernel, _bwd_fake,
+)  # fmt: skip
+
+
+@_fwd.differentiable
+class _Fwd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, weight, bias, stats, gamma, beta, eps, group, scale, residual, with_stats, dtype
+    ):  # fmt: skip
+        ctx.save_for_backward(x, weight, stats, gamma, beta, scale)
+        ctx.rest = eps, group, dtype
+        y, found = _fwd.below_autograd(
+            x, weight, bias, stats, gamma, beta, eps, group, scale, residual, with_stats, dtype
+        )
+        ctx.mark_non_differentiable(found)
+        return y, found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):
+        x, weight, stats, gamma, beta, scale = ctx.saved_tensors
+        eps, group, dtype = ctx.rest
+        wanted = ctx.needs_input_grad
+        for_x, for_weight, for_bias, _, for_gamma, for_beta, *_, for_residual, _, _ = wanted
+        dx = dw = db = dgamma = dbeta = None
+        with_dw = for_weight or for_bias or for_gamma or for_beta
+        if for_x or with_dw:
+            dx, dw, db, dgamma, dbeta = _bwd(
+                dy, x, weight, stats, gamma, beta, eps, group, scale, dtype, for_x, with_dw
+            )
+        return (
+            dx if for_x else None, dw if for_weight else None, db if for_bias else None, None,
+            dgamma if for_gamma else None, dbeta if for_beta else None, None, None, None,
+            dy if for_residual else None, None, None,
+        )  # fmt: skip
+
+
+@register_flop_formula(_fwd.packet)
+def _fwd_flops(x_shape, weight_shape, *_, **__):
+    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+@register_flop_formula(_bwd.packet)
+def _bwd_flops(dy_shape, x_shape, weight_shape, *rest, **_):
+    with_dx, with_dw = rest[-2:]
+    return _fwd_flops(x_shape, weight_shape) * (with_dx + with_dw)
+
+
+# --- Public ---------------------------------------------------------------------------
+
+
+def pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None,
+    scale: Tensor | None = None, residual: Tensor | None = None, stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Mix the channels of every token: residual + scale * (norm(x) @ weight.T + bias).
+
+    Differentiable once, with respect to x, weight, bias, the norm's weight and bias, and the
+    residual; the gradient of x goes through the norm's statistics too. Under autocast the product
+    is made in its dtype, while x is normalised, and the residual added, in their own.
+
+    Args:
+        x: (B, ..., K), fp32, fp16, bf16 or fp64.
+        weight: (N, K), or (N, K, 1, 1, 1) as of an nn.Conv3d; of x's dtype, or fp32.
+        bias: (N,), of the weight's dtype.
+        norm: BatchNorm of x in training mode; `Norm.stats` are x's, as `stats` returns them.
+        scale: (B,), factor on the result for each clip.
+        residual: (B, ..., N), added last.
+        stats: also return mean and biased variance of the result's channels.
+
+    Returns:
+        (B, ..., N) in the residual's dtype, else autocast's or x's; with `stats`, that and a (2, N)
+        tensor in fp32, which carries no gradient.
+
+    Raises:
+        ValueError: a shape or dtype is not as above, or statistics of nothing are asked for.
+    """
+    _check(x, weight, bias, norm, scale, residual)
+    if stats and x.numel() == 0:
+        raise ValueError(f"nothing has no statistics: x is {tuple(x.shape)}")
+    dtype, device = x.dtype, x.device.type
+    known = device in ("cpu", "cuda")
+    if known and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    reference = not known or _runtime.current_backend() == "reference" or x.numel() == 0
+    reference = reference or (dtype == torch.float64 and device == "cuda")
+    if reference or _runtime.under_torch_func("pointwise"):
+        y = pointwise_ref(x, weight, bias, norm=norm, scale=scale, residual=residual)
+        return (y, channel_stats(y)) if stats else y
+    found, gamma, beta, eps, group = norm or (None, None, None, 0.0, "")
+    y, of_y = _fwd(
+        x, weight, bias, found, gamma, beta, eps, group, scale, residual, stats, dtype
+    )  # fmt: skip
+    return (y, of_y) if stats else y
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, scale: Tensor | None,
+    residual: Tensor | None,
+) -> None:  # fmt: skip
+    if x.ndim < 2:
+        raise ValueError(f"x must be (B, ..., K), got shape {tuple(x.shape)}")
+    if weight.ndim < 2 or weight[0].numel() != x.shape[-1] or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight must be (N, {x.shape[-1]}), the last size of x, or with sizes of 1 behind, "
+            f"got {tuple(weight.shape)}"
+        )
+    _runtime.check_dtypes(x, weight=weight, bias=bias)
+    N = weight.shape[0]
+    shapes = {"bias": (bias, (N,)), "scale": (scale, x.shape[:1])}
+    shapes["residual"] = (residual, (*x.shape[:-1], N))
+    if norm is not None:
+        shapes |= {"norm.stats": (norm.stats, (2, x.shape[-1]))}
+        shapes |= {"norm.weight": (norm.weight, x.shape[-1:])}
+        shapes |= {"norm.bias": (norm.bias, x.shape[-1:])}
+    _runtime.check_shapes(x, shapes)

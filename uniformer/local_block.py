@@ -1,0 +1,201 @@
+"""The block of the shallow stages: DPE, local MHRA and FFN on kernels that share their passes.
+
+Plain PyTorch reads and writes the activation some thirty times in a block; this one eleven times
+forward. Statistics of a BatchNorm are taken by the operator that writes its input, and applied by
+the one that reads it; in eval mode it is folded into the weights behind it. Drop path and residual
+are the last step of the product before them. The hidden layer of the FFN is never stored.
+
+Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uniformer.configs import UniFormerConfig
+from uniformer.layers import (
+    DPE,
+    FFN,
+    DepthwiseConv,
+    DropPath,
+    Pointwise,
+    batch_norm,
+    local_mhra,
+    why_not_around,
+)
+from uniformer_kernels import (
+    Norm,
+    announce,
+    channel_stats,
+    current_backend,
+    dwconv3d,
+    ffn,
+    pointwise,
+    sync_stats,
+)
+
+__all__ = ["LocalBlock"]
+
+_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
+_PARTS: dict[str, tuple[type, ...]] = {
+    "pos_embed": (DPE, nn.Identity), "norm1": _NORMS, "conv1": (Pointwise,),
+    "attn": (DepthwiseConv,), "conv2": (Pointwise,), "drop_path": (DropPath,), "norm2": _NORMS,
+    "mlp": (FFN,),
+}  # fmt: skip
+
+
+class LocalBlock(nn.Module):
+    """BatchNorm, and aggregation in a small tube of tokens: eq. 1 to 6 and 8.
+
+    Its parts are modules under the official names, but their forwards are not called: where one
+    has been replaced or hooked, or has dropout to do, the block runs part by part instead, and the
+    log says so once.
+    """
+
+    def __init__(self, cfg: UniFormerConfig, dim: int, drop_path: float) -> None:
+        super().__init__()
+        self.pos_embed = DPE(dim) if cfg.dpe else nn.Identity()
+        self.norm1 = nn.BatchNorm3d(dim)
+        self.conv1 = Pointwise(dim, dim)
+        self.conv2 = Pointwise(dim, dim)
+        self.attn = DepthwiseConv(dim, cfg.tube_size)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.BatchNorm3d(dim)
+        self.mlp = FFN(dim, int(dim * cfg.mlp_ratio), cfg.drop_rate, conv=True)
+        self._folded: dict[str, tuple[list, tuple[Tensor, Tensor]]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, H, W, C) -> (B, T, H, W, C)."""
+        if x.numel() == 0 or current_backend() == "reference":
+            return self.part_by_part(x)
+        if why := why_not_around(self, **_PARTS) or self.mlp.why_not_fused():
+            if not torch.compiler.is_compiling():
+                announce("a LocalBlock runs part by part, slower than it could", why)
+            return self.part_by_part(x)
+        return self.fused(x)
+
+    def part_by_part(self, x: Tensor) -> Tensor:
+        """The block as its modules make it."""
+        x = self.pos_embed(x)
+        mhra = local_mhra(batch_norm(self.norm1, x), self.conv1, self.attn, self.conv2)
+        x = x + self.drop_path(mhra)
+        return x + self.drop_path(self.mlp(batch_norm(self.norm2, x)))
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The same on operators that pass on what the next one needs."""
+        x, stats = self._dpe(x, with_stats=_of_batch(self.norm1))
+        norm, weight, bias = self._normed("norm1", self.conv1, stats, x)
+        value = pointwise(x, weight, bias, norm=norm)
+        context = dwconv3d(value, self.attn.weight, self.attn.bias)
+        out = pointwise(
+            context, self.conv2.weight, self.conv2.bias, scale=self.drop_path.draw(x), residual=x,
+            stats=_of_batch(self.norm2),
+        )  # fmt: skip
+        x, stats = out if _of_batch(self.norm2) else (out, None)
+        norm, weight, bias = self._normed("norm2", self.mlp.fc1, stats, x)
+        fc2 = self.mlp.fc2
+        return ffn(
+            x, weight, bias, fc2.weight, fc2.bias, norm=norm, scale=self.drop_path.draw(x),
+            residual=True,
+        )  # fmt: skip
+
+    def _dpe(self, x: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self.pos_embed, nn.Identity):
+            return x, channel_stats(x) if with_stats else None
+        weight, bias = self.pos_embed.weight, self.pos_embed.bias
+        out = dwconv3d(x, weight, bias, residual=True, stats=with_stats)
+        return out if with_stats else (out, None)
+
+    def _normed(
+        self, name: str, conv: Pointwise, stats: Tensor | None, x: Tensor
+    ) -> tuple[Norm | None, Tensor, Tensor | None]:
+        """The norm to apply before `conv`, and the weight and bias of that."""
+        norm = getattr(self, name)
+        if stats is not None:
+            return _from_batch(norm, stats, x), conv.weight, conv.bias
+        return None, *self._fold(name, norm, conv)
+
+    def _fold(self, name: str, norm: nn.BatchNorm3d, conv: Pointwise) -> tuple[Tensor, Tensor]:
+        """`conv` after `norm` in eval mode, as one; kept while nothing of them changes."""
+        of = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        if torch.compiler.is_compiling() or any(
+            t is not None and (t.is_inference() or (torch.is_grad_enabled() and t.requires_grad))
+            for t in of
+        ):
+            return _folded(norm, conv)
+        state = [None if t is None else (t, t._version, t.data_ptr()) for t in of]
+        kept = self._folded.get(name)
+        if kept is None or not _same(kept[0], state):
+            with torch.inference_mode(False), torch.no_grad():
+                self._folded[name] = state, _folded(norm, conv)
+        return self._folded[name][1]
+
+    def train(self, mode: bool = True) -> "LocalBlock":
+        """As of nn.Module; folded weights are made anew, should some have changed unseen."""
+        self._folded.clear()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_folded": {}}
+
+
+def _of_batch(norm: nn.Module) -> bool:
+    """Whether a BatchNorm takes the statistics of the batch now."""
+    return norm.training or norm.running_mean is None
+
+
+def _from_batch(norm: nn.BatchNorm3d | nn.SyncBatchNorm, stats: Tensor, x: Tensor) -> Norm:
+    """The norm with these statistics of x, which also go into its running ones, as PyTorch does."""
+    group, rows = _group(norm), x.numel() // x.shape[-1]
+    stats, rows = sync_stats(stats, rows, group)
+    if norm.training:
+        if rows == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input {tuple(x.shape)}"
+            )
+        if norm.track_running_stats and norm.running_mean is not None:
+            _update(norm, stats, rows)
+    return Norm(stats, norm.weight, norm.bias, norm.eps, group)
+
+
+def _group(norm: nn.Module) -> str:
+    """The process group that shares a norm's statistics, or ""."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training):
+        return ""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ""
+    group = norm.process_group or torch.distributed.group.WORLD
+    return group.group_name if group.size() > 1 else ""
+
+
+@torch.no_grad()
+def _update(norm: nn.BatchNorm3d, stats: Tensor, rows: int) -> None:
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    mean, var = stats
+    momentum = 0.0 if momentum is None else momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_((var * (rows / (rows - 1))).to(norm.running_var.dtype), momentum)
+
+
+def _folded(norm: nn.BatchNorm3d, conv: Pointwise) -> tuple[Tensor, Tensor]:
+    """Weight and bias of conv(norm(x)), norm with its running statistics."""
+    factor = (norm.running_var + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight
+    shift = -norm.running_mean * factor
+    shift = shift if norm.bias is None else shift + norm.bias
+    weight = conv.weight.flatten(1)
+    bias = weight @ shift
+    return weight * factor, bias if conv.bias is None else bias + conv.bias
+
+
+def _same(before: list, now: list) -> bool:
+    """The same tensors, as often written to, in the same memory."""
+    return all(
+        a is b is None or (a is not None and b is not None and a[0] is b[0] and a[1:] == b[1:])
+        for a, b in zip(before, now, strict=True)
+    )
