@@ -24,11 +24,13 @@ RESULTS = Path(__file__).parent / "results" / "static_cost.json"
 ARCHS = (80, 90, 100)
 B = 8
 SHAPES = tuple((s.C, s.T, s.H, s.W) for s in STAGES)
+LOCAL = (*SHAPES[:2], (56, 8, 56, 56), (112, 8, 28, 28))  # and the light models' widths
 KERNELS = {3: SHAPES, 5: SHAPES[:2]}  # the DPE everywhere, the affinity in the local stages
 
 # Machine instructions by what they are for; "integer" is all else: addresses, predicates, zeros.
 PRODUCTS = {"FFMA": 1, "FHFMA": 1, "FFMA2": 2}  # the latter two are sm_100's
 KINDS = {
+    "mma": r"HMMA|HGMMA|UTC\w*MMA",  # on tensor cores: of sm_80, sm_90, sm_100
     "ffma": r"FFMA|FHFMA|FMUL|FADD",
     "load": r"LDG",
     "store": r"STG",
@@ -39,8 +41,18 @@ KINDS = {
 }
 
 
-def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
-    """Label, kernel, its arguments (a dtype for a pointer, or a value), warps."""
+Case = tuple[str, Any, dict[str, Any], dict[str, int]]
+
+
+def cases() -> Iterator[Case]:
+    """Label, kernel, its arguments (a dtype for a pointer, or a value), options of the launch."""
+    yield from _dwconv3d_cases()
+    for C, T, H, W in LOCAL:
+        for case in (*_pointwise_cases(B * T * H * W, C), *_ffn_cases(B * T * H * W, C)):
+            yield case
+
+
+def _dwconv3d_cases() -> Iterator[Case]:
     from uniformer_kernels import dwconv3d_triton as op
 
     for k, stages in KERNELS.items():
@@ -57,7 +69,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
                 | dict(zip(("stride_xb", "stride_xt", "stride_xh"), strides[:3], strict=True))
                 | config.arguments
                 | {"MIRROR": False, "RESIDUAL": residual},
-                config.warps,
+                {"num_warps": config.warps},
             )
             config = op.bwd_weight_config(shape, C, C, (k, k, k), multiprocessors=132)
             pointers = {"DY": "bf16", "X": "bf16", "Partial": "fp32"}
@@ -66,11 +78,69 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], int]]:
                 f"dwconv3d_bwd_weight {label}",
                 op._dwconv3d_bwd_weight_kernel,
                 pointers | dict(zip(names, strides[:3] * 2, strict=True)) | config.arguments,
-                config.warps,
+                {"num_warps": config.warps},
             )
 
 
-def compile_for(arch: int, kernel: Any, arguments: dict[str, Any], warps: int) -> dict[str, Any]:
+NORM = {"Mean": "fp32", "Rstd": "fp32"}
+THROUGH = {"Shift": "fp32", "Slope": "fp32"}  # a norm, backward
+EXACT = {"PRECISION": "ieee"}
+
+
+def _pointwise_cases(M: int, C: int) -> Iterator[Case]:
+    """Under autocast: the stream in fp32, products in bf16. conv1 has the norm, conv2 the rest."""
+    from uniformer_kernels import pointwise_triton as op
+
+    rows = {"M": M, "R": M // B}
+    plain = dict.fromkeys((*NORM, "Scale", "Residual", "Stats"))
+    config = op.fwd_config(M, C, C)
+    for name, more in (
+        ("norm", {"X": "fp32", "Y": "bf16"} | NORM),
+        ("residual", {"X": "bf16", "Y": "fp32", "Scale": "fp32", "Residual": "fp32", "Stats": "fp32"}),
+    ):
+        arguments = {"Weight": "bf16", "Bias": "fp32"} | plain | more | rows | config.arguments
+        label = f"pointwise_fwd {name} C={C}"
+        yield label, op._pointwise_fwd_kernel, arguments | EXACT, options(config)
+    config = op.bwd_weight_config(M, C, C, multiprocessors=132)
+    pointers = {"DY": "bf16", "X": "fp32", "Scale": None, "Partial": "fp32", "PartialBias": "fp32"}
+    arguments = pointers | NORM | rows | config.arguments | {"DTYPE": tl_bf16()} | EXACT
+    yield f"pointwise_bwd_weight C={C}", op._pointwise_bwd_weight_kernel, arguments, options(config)
+    config = op.bwd_input_config(M, C, C)
+    pointers = {"DY": "bf16", "Weight": "bf16", "X": "fp32", "Scale": None, "DX": "fp32"}
+    arguments = pointers | NORM | THROUGH | rows | config.arguments | EXACT
+    yield f"pointwise_bwd_input C={C}", op._pointwise_bwd_input_kernel, arguments, options(config)
+
+
+def _ffn_cases(M: int, C: int) -> Iterator[Case]:
+    from uniformer_kernels import ffn_triton as op
+
+    F = 3 * C if C in (56, 112) else 4 * C
+    pointers = {"X": "fp32", "W1": "bf16", "B1": "fp32", "W2": "bf16", "B2": "fp32"} | NORM
+    pointers |= {"Scale": "fp32", "DY": "fp32", "Y": "fp32", "DX": "fp32"} | THROUGH
+    pointers |= dict.fromkeys(("Partial1", "Partial2", "PartialBias1", "PartialBias2"), "fp32")
+    pointers |= {"M": M, "R": M // B, "RESIDUAL": True} | EXACT
+    for name, config in (
+        ("fwd", op.fwd_config(M, C, F)),
+        ("bwd_weight", op.bwd_weight_config(M, C, F, multiprocessors=132)),
+        ("bwd_input", op.bwd_input_config(M, C, F)),
+    ):
+        kernel = getattr(op, f"_ffn_{name}_kernel")
+        yield f"ffn_{name} C={C}", kernel, pointers | config.arguments, options(config)
+
+
+def options(config: Any) -> dict[str, int]:
+    return {"num_warps": config.warps, "num_stages": config.stages}
+
+
+def tl_bf16() -> Any:
+    import triton.language as tl
+
+    return tl.bfloat16
+
+
+def compile_for(
+    arch: int, kernel: Any, arguments: dict[str, Any], options: dict[str, int]
+) -> dict[str, Any]:
     """Registers, shared memory, spills and instructions of a kernel on sm_`arch`."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -84,7 +154,7 @@ def compile_for(arch: int, kernel: Any, arguments: dict[str, Any], warps: int) -
         value = arguments[name]
         if value is None:
             signature[name], values[name] = "constexpr", None
-        elif isinstance(value, str):
+        elif isinstance(value, str) and name not in constexprs:
             signature[name], attributes[(i,)] = f"*{value}", [["tt.divisibility", 16]]
         elif name in constexprs or value == 1:  # as a launch specialises
             signature[name], values[name] = "constexpr", value
@@ -94,13 +164,13 @@ def compile_for(arch: int, kernel: Any, arguments: dict[str, Any], warps: int) -
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
     target = GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    compiled = triton.compile(source, target=target, options=options)
     usage, sass = _disassemble(compiled.asm["cubin"])
     return {
         "registers": usage["REG"],
         "spilled_bytes": usage["LOCAL"] + usage["STACK"],
         "shared_bytes": compiled.metadata.shared,
-        "warps": warps,
+        "warps": options["num_warps"],
         "instructions": len(sass),
         "loop": _mix(_main_loop(sass)),
     }
@@ -133,8 +203,13 @@ def _main_loop(sass: list[tuple[int, str]]) -> list[str]:
         if target and int(target[1], 16) < address:
             start = int(target[1], 16)
             loops.append([i for a, i in sass if start <= a <= address])
-    inner = [loop for loop in loops[1:] if _mix(loop)["ffma"]]
-    return max(inner, key=lambda loop: _mix(loop)["ffma"]) if inner else loops[0]
+
+    def products(loop: list[str]) -> tuple[int, int]:
+        mix = _mix(loop)
+        return mix["mma"], mix["ffma"]
+
+    inner = [loop for loop in loops[1:] if any(products(loop))]
+    return max(inner, key=products) if inner else loops[0]
 
 
 def _mix(instructions: list[str]) -> dict[str, int]:
@@ -153,8 +228,8 @@ def _mix(instructions: list[str]) -> dict[str, int]:
 def report(archs: tuple[int, ...] = ARCHS, match: str = "") -> list[dict[str, Any]]:
     """A row for each kernel and shape whose label contains `match`, and architecture."""
     return [
-        {"kernel": label, "arch": f"sm_{arch}"} | compile_for(arch, kernel, arguments, warps)
-        for label, kernel, arguments, warps in cases()
+        {"kernel": label, "arch": f"sm_{arch}"} | compile_for(arch, kernel, arguments, options)
+        for label, kernel, arguments, options in cases()
         if match in label
         for arch in archs
     ]
@@ -171,9 +246,8 @@ def main() -> None:
         loop = row["loop"]
         print(
             f"{row['kernel']:<48}{row['arch']:<8}{row['registers']:>4} regs "
-            f"{row['spilled_bytes']:>4} spilled  loop {loop['all']:>5}: products "
-            f"{loop['products']:>4} ({loop['all'] / loop['products']:.2f} instructions each) "
-            f"load {loop['load']:>3} "
+            f"{row['spilled_bytes']:>4} spilled {row['shared_bytes']:>6} shared  "
+            f"loop {loop['all']:>5}: mma {loop['mma']:>3} products {loop['products']:>4} load {loop['load']:>3} "
             f"convert {loop['convert']:>3} integer {loop['integer']:>4}"
         )
     if archs == ARCHS:

@@ -53,32 +53,21 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class Normalised:
-    """Rows of x as the product takes them, in `dtype`: normalised, where there is a norm."""
+    """Rows of x in `dtype`: xhat, or x itself where there is no norm."""
 
     def __init__(self, norm: Prologue | None, x: Tensor, dtype: torch.dtype) -> None:
         self.norm, self.x, self.dtype = norm, x, dtype
-        if norm is not None:  # one multiplication and one addition
-            self.factor = norm.gamma * norm.rstd
-            self.shift = norm.beta - norm.mean * self.factor
+        self.shift = None if norm is None else -norm.mean * norm.rstd
 
     def __getitem__(self, rows: slice) -> Tensor:
         x = self.x[rows]
-        if self.norm is not None:
-            x = torch.addcmul(self.shift, x, self.factor)
-        return x.to(self.dtype)
-
-    def standard(self, rows: slice) -> Tensor:
-        """Before gamma and beta: xhat, or x itself where there is no norm."""
-        x = self.x[rows]
-        if self.norm is not None:
-            x = (x - self.norm.mean).mul_(self.norm.rstd)
+        if self.norm is not None:  # one multiplication and one addition
+            x = torch.addcmul(self.shift, x, self.norm.rstd)
         return x.to(self.dtype)
 
 
-def through_norm(dt: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str) -> None:
-    """dt (M, C), the gradient of the normalised values, becomes that of x."""
-    dgamma, dbeta = sums.means(len(x), group)
-    factor, slope = norm.gamma * norm.rstd, -norm.gamma * norm.rstd.square() * dgamma
+def through_norm(g: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str) -> None:
+    """g (M, C), the gradient of xhat, becomes that of x."""
+    shift, slope = sums.through(norm, len(x), group)
     for rows in chunks(len(x), x.dtype):
-        dx = (dt[rows] - dbeta).mul_(factor).addcmul_(x[rows] - norm.mean, slope)
-        dt[rows] = dx
+        g[rows] = (g[rows] - shift).mul_(norm.rstd).addcmul_(x[rows] - norm.mean, slope)

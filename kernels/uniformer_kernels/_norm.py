@@ -42,7 +42,7 @@ class Norm(NamedTuple):
 
 
 class Prologue(NamedTuple):
-    """A norm in numbers: (x - mean) * rstd is xhat, gamma * xhat + beta what the product takes."""
+    """A norm in numbers: xhat = (x - mean) * rstd. Gamma and beta go into the weight behind it."""
 
     mean: Tensor
     rstd: Tensor
@@ -59,6 +59,13 @@ class Prologue(NamedTuple):
         gamma = torch.ones_like(mean) if gamma is None else gamma.to(mean.dtype)
         beta = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
         return cls(mean, (var + eps).rsqrt(), gamma, beta)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight (N, C) and bias (N,) for xhat: as exact in 16 bits as rounded gamma * xhat + beta
+        would be, since xhat is of size 1 whatever the mean of x."""
+        weight = weight.to(self.gamma.dtype)
+        shift = weight @ self.beta
+        return weight * self.gamma, shift if bias is None else shift + bias
 
 
 class Sums(NamedTuple):
@@ -77,14 +84,17 @@ class Sums(NamedTuple):
         dw = G * norm.gamma + db[:, None] * norm.beta
         return cls(dw, (weight * G).sum(0), db @ weight)
 
-    def means(self, rows: int, group: str) -> tuple[Tensor, Tensor]:
-        """dgamma / n and dbeta / n, over the rows of all ranks."""
-        if not group:
-            return self.gamma / rows, self.beta / rows
-        total = torch.cat([self.gamma, self.beta, self.gamma.new_full((1,), rows)])
-        dist.all_reduce(total, group=_group(group))
-        gamma, beta = total[:-1].chunk(2)
-        return gamma / total[-1], beta / total[-1]
+    def through(self, norm: Prologue, rows: int, group: str) -> tuple[Tensor, Tensor]:
+        """(shift, slope): from g, the gradient of xhat, dx = (g - shift) * rstd + (x - mean) * slope.
+
+        The means are over the rows of all ranks of `group`.
+        """
+        gamma, beta = self.gamma / rows, self.beta / rows
+        if group:
+            total = torch.cat([self.gamma, self.beta, self.gamma.new_full((1,), rows)])
+            dist.all_reduce(total, group=_group(group))
+            gamma, beta = (total[:-1] / total[-1]).chunk(2)
+        return norm.gamma * beta, -norm.rstd.square() * norm.gamma * gamma
 
 
 def channel_stats(x: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def _fwd_chunked(
     """x (M, C), w1 (F, C), w2 (C, F), scale (B,) -> y (M, C)."""
     compute = compute_dtype(dtype)
     y = x.new_empty(len(x), len(w2), dtype=x.dtype if residual else dtype)
+    w1, b1 = (w1, b1) if norm is None else norm.fold(w1, b1)
     w1, w2 = w1.to(compute).t(), w2.to(compute).t()
     b1, b2 = (None if b is None else b.to(compute) for b in (b1, b2))
     inputs, scale = Normalised(norm, x, compute), per_row(scale, len(x))
@@ -91,14 +92,16 @@ def _bwd_chunked(
     dx = x.new_empty(x.shape) if with_dx else None
     G, db1 = x.new_zeros(w1.shape, dtype=exact), x.new_zeros(len(w1), dtype=exact)
     dw2, db2 = x.new_zeros(w2.shape, dtype=exact), x.new_zeros(len(w2), dtype=exact)
-    c1, c2, bias = w1.to(compute), w2.to(compute), None if b1 is None else b1.to(compute)
+    c1, bias = (w1, b1) if norm is None else norm.fold(w1, b1)
+    c1, c2, bias = c1.to(compute), w2.to(compute), None if bias is None else bias.to(compute)
     inputs, scale = Normalised(norm, x, compute), per_row(scale, len(x))
     for rows in chunks(len(x), compute):
         d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(compute)
-        h = product(inputs[rows], c1.t(), bias)
+        xhat = inputs[rows]
+        h = product(xhat, c1.t(), bias)
         dh = torch.ops.aten.gelu_backward(d @ c2, h)
         if with_dw or norm is not None:
-            accumulate(G, dh.t(), inputs.standard(rows))
+            accumulate(G, dh.t(), xhat)
             db1 += dh.sum(0, dtype=exact)
         if with_dw:
             accumulate(dw2, d.t(), torch.ops.aten.gelu_(h))

@@ -65,6 +65,7 @@ def _fwd_chunked(
     """x (M, K), weight (N, K), scale (B,), residual (M, N) -> y (M, N)."""
     compute = compute_dtype(dtype)
     y = x.new_empty(len(x), len(weight), dtype=dtype if residual is None else residual.dtype)
+    weight, bias = (weight, bias) if norm is None else norm.fold(weight, bias)
     weight, scale = weight.to(compute).t(), per_row(scale, len(x))
     bias = None if bias is None else bias.to(compute)
     inputs = Normalised(norm, x, compute)
@@ -87,12 +88,13 @@ def _bwd_chunked(
     exact = torch.promote_types(torch.float32, compute)
     dx = x.new_empty(x.shape) if with_dx else None
     G, db = x.new_zeros(weight.shape, dtype=exact), x.new_zeros(len(weight), dtype=exact)
-    cast, scale = weight.to(compute), per_row(scale, len(x))
+    scale = per_row(scale, len(x))
+    cast = (weight if norm is None else weight * norm.gamma).to(compute)
     inputs = Normalised(norm, x, compute)
     for rows in chunks(len(x), compute):
         d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(compute)
         if with_dw or norm is not None:
-            accumulate(G, d.t(), inputs.standard(rows))
+            accumulate(G, d.t(), inputs[rows])
             db += d.sum(0, dtype=exact)
         if dx is not None:
             dx[rows] = d @ cast

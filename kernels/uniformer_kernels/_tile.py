@@ -1,0 +1,97 @@
+"""What the Triton kernels of `pointwise` and `ffn` share: tiles of rows, norms, GELU.
+
+Rows are tokens, side by side in memory; a tile is BLOCK_M rows by BLOCK_K channels. Products run
+on tensor cores in the weights' dtype and add up in fp32.
+"""
+
+# mypy: disable-error-code="assignment"
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "DTYPES", "Config", "block", "gelu", "gelu_and_slope", "normalised", "precision", "through_norm", "rows_a_clip", "rows_of", "splits",
+]  # fmt: skip
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+RSQRT_TAU = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+
+
+# --- Device functions -----------------------------------------------------------------
+
+
+@triton.jit
+def rows_of(X, m, M, c, C: tl.constexpr):
+    """Rows m of X (M, C), channels c, in fp32; zeros outside."""
+    at = X + m.to(tl.int64)[:, None] * C + c[None, :]
+    return tl.load(at, mask=(m < M)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def normalised(x, Mean, Rstd, c, C: tl.constexpr):
+    """xhat; zeros beyond C, but not beyond M."""
+    mean = tl.load(Mean + c, mask=c < C, other=0.0)
+    rstd = tl.load(Rstd + c, mask=c < C, other=0.0)
+    return (x - mean[None, :]) * rstd[None, :]
+
+
+@triton.jit
+def through_norm(g, x, Mean, Rstd, Shift, Slope, c, C: tl.constexpr):
+    """From g, the gradient of xhat, that of x."""
+    mean = tl.load(Mean + c, mask=c < C, other=0.0)
+    rstd = tl.load(Rstd + c, mask=c < C, other=0.0)
+    shift = tl.load(Shift + c, mask=c < C, other=0.0)
+    slope = tl.load(Slope + c, mask=c < C, other=0.0)
+    return (g - shift[None, :]) * rstd[None, :] + (x - mean[None, :]) * slope[None, :]
+
+
+@triton.jit
+def gelu(h):
+    """h * Phi(h), Phi the normal distribution."""
+    return h * (0.5 + 0.5 * tl.erf(h * SQRT_HALF))
+
+
+@triton.jit
+def gelu_and_slope(h):
+    """GELU and its derivative, Phi(h) + h * phi(h)."""
+    phi = 0.5 + 0.5 * tl.erf(h * SQRT_HALF)
+    return h * phi, phi + h * tl.exp(-0.5 * h * h) * RSQRT_TAU
+
+
+# --- Launch ---------------------------------------------------------------------------
+
+
+def block(size: int, most: int) -> int:
+    """The edge of a tile along an axis of `size`: a power of 2, as products need it, 16 and up."""
+    return max(min(triton.next_power_of_2(size), most), 16)
+
+
+def splits(rows: int, block_m: int, programs: int, multiprocessors: int) -> int:
+    """Into how many shares the rows of a sum go, so that the GPU is full twice over."""
+    return max(min(2 * multiprocessors // programs, triton.cdiv(rows, block_m)), 1)
+
+
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def precision() -> str:
+    """Of products in fp32: exact unless the user has allowed less, as for PyTorch's."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def rows_a_clip(scale: Tensor | None, rows: int) -> int:
+    """How many rows share a number of `scale` (B,)."""
+    return rows if scale is None else rows // len(scale)
+
+
+class Config(NamedTuple):
+    """A launch: how many programs, the sizes of a tile, warps, and depth of the pipeline."""
+
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int = 2

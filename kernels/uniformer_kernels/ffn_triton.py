@@ -1,0 +1,285 @@
+"""Triton kernels of `ffn`: the hidden layer lives on the chip, BLOCK_F of its channels at a time.
+
+Forward, a program has BLOCK_M rows of x, and for each piece of the hidden layer makes
+GELU(z W1^T + b1) and adds its product with W2 to its sums.
+
+Backward, the pieces are made anew, twice. First a program has a piece of the hidden layer and
+walks over its share of the rows, summing the gradients of that piece's weights; they hold the sums
+over rows that the norm's gradient needs (`_norm.py`). Then a program has rows and walks over the
+pieces, summing dx.
+
+Shapes: M rows, C channels, F hidden channels; R rows a clip.
+"""
+
+# mypy: disable-error-code="assignment"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from uniformer_kernels import _runtime
+from uniformer_kernels._norm import Prologue, Sums
+from uniformer_kernels._tile import (
+    Config,
+    block,
+    gelu,
+    gelu_and_slope,
+    normalised,
+    precision,
+    rows_a_clip,
+    rows_of,
+    splits,
+    through_norm,
+)
+
+__all__ = ["bwd", "bwd_input_config", "bwd_weight_config", "fwd", "fwd_config"]
+
+
+# --- Kernels --------------------------------------------------------------------------
+
+
+@triton.jit
+def _transposed(Weight, a, A: tl.constexpr, b, B: tl.constexpr):
+    """Tile (b, a) of Weight (A, B)."""
+    return tl.load(
+        Weight + a[None, :] * B + b[:, None], mask=(a < A)[None, :] & (b < B)[:, None], other=0.0
+    )
+
+
+@triton.jit
+def _plain(Weight, a, A: tl.constexpr, b, B: tl.constexpr):
+    """Tile (a, b) of Weight (A, B)."""
+    return tl.load(
+        Weight + a[:, None] * B + b[None, :], mask=(a < A)[:, None] & (b < B)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _hidden(z, W1, B1, f, c, C: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr):
+    """Channels f of the hidden layer before its GELU, in fp32."""
+    h = tl.dot(z, _transposed(W1, f, F, c, C), input_precision=PRECISION)
+    if B1 is not None:
+        h += tl.load(B1 + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
+    return h
+
+
+@triton.jit
+def _ffn_fwd_kernel(
+    X, W1, B1, W2, B2, Mean, Rstd, Scale, Y,
+    M, R,
+    C: tl.constexpr, F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W1 is (F, C), W2 (C, F)."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_C)
+    x = rows_of(X, m, M, c, C)
+    if Mean is not None:
+        x = normalised(x, Mean, Rstd, c, C)
+    z = x.to(W1.dtype.element_ty)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for f0 in range(0, F, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F)
+        a = gelu(_hidden(z, W1, B1, f, c, C, F, PRECISION))
+        w2 = _transposed(W2, c, C, f, F)  # (BLOCK_F, BLOCK_C)
+        acc = tl.dot(a.to(w2.dtype), w2, acc, input_precision=PRECISION)
+
+    if B2 is not None:
+        acc += tl.load(B2 + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    if Scale is not None:
+        acc *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    if RESIDUAL:
+        acc += rows_of(X, m, M, c, C)
+    at = Y + m.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(at, acc.to(Y.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _ffn_bwd_weight_kernel(
+    DY, X, W1, B1, W2, Mean, Rstd, Scale, Partial1, Partial2, PartialBias1,
+    M, R,
+    C: tl.constexpr, F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial1 is (splits, F, C), Partial2 (splits, C, F); program_id(1) is the split."""
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    c = tl.arange(0, BLOCK_C)
+    split = tl.program_id(1)
+
+    dw1 = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
+    dw2 = tl.zeros([BLOCK_C, BLOCK_F], tl.float32)
+    db1 = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    for first in range(split * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        x = rows_of(X, m, M, c, C)
+        if Mean is not None:
+            x = normalised(x, Mean, Rstd, c, C)
+        x = x.to(W1.dtype.element_ty)
+        h = _hidden(x, W1, B1, f, c, C, F, PRECISION)
+        a, slope = gelu_and_slope(h)
+
+        dy = rows_of(DY, m, M, c, C)  # zeros beyond M, hence no gradient from there
+        if Scale is not None:
+            dy *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+        dy = dy.to(W2.dtype.element_ty)
+        dw2 = tl.dot(tl.trans(dy), a.to(dy.dtype), dw2, input_precision=PRECISION)
+        dh = tl.dot(dy, _plain(W2, c, C, f, F), input_precision=PRECISION) * slope
+        db1 += dh
+        dh = tl.trans(dh.to(dy.dtype))
+        dw1 = tl.dot(dh, x, dw1, input_precision=PRECISION)
+
+    inside = (f < F)[:, None] & (c < C)[None, :]
+    split = split.to(tl.int64)
+    tl.store(Partial1 + split * F * C + f[:, None] * C + c[None, :], dw1, mask=inside)
+    inside = (c < C)[:, None] & (f < F)[None, :]
+    tl.store(Partial2 + split * F * C + c[:, None] * F + f[None, :], dw2, mask=inside)
+    tl.store(PartialBias1 + split * F + f, tl.sum(db1, axis=0), mask=f < F)
+
+
+@triton.jit
+def _ffn_bwd_input_kernel(
+    DY, X, W1, B1, W2, Mean, Rstd, Shift, Slope, Scale, DX, PartialBias2,
+    M, R,
+    C: tl.constexpr, F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """PartialBias2 is (tiles of rows, C)."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_C)
+    dy = rows_of(DY, m, M, c, C)
+    if Scale is not None:
+        dy *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    partial = PartialBias2 + tl.program_id(0).to(tl.int64) * C + c
+    tl.store(partial, tl.sum(dy, axis=0), mask=c < C)
+    x = rows_of(X, m, M, c, C)
+    if Mean is not None:
+        x = normalised(x, Mean, Rstd, c, C)
+    dy, z = dy.to(W1.dtype.element_ty), x.to(W1.dtype.element_ty)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for f0 in range(0, F, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F)
+        h = _hidden(z, W1, B1, f, c, C, F, PRECISION)
+        _, slope = gelu_and_slope(h)
+        dh = tl.dot(dy, _plain(W2, c, C, f, F), input_precision=PRECISION) * slope
+        w1 = _plain(W1, f, F, c, C)  # (BLOCK_F, BLOCK_C)
+        acc = tl.dot(dh.to(w1.dtype), w1, acc, input_precision=PRECISION)
+
+    if Mean is not None:
+        acc = through_norm(acc, rows_of(X, m, M, c, C), Mean, Rstd, Shift, Slope, c, C)
+    if RESIDUAL:
+        acc += rows_of(DY, m, M, c, C)
+    at = DX + m.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(at, acc.to(DX.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
+
+
+# --- Launch ---------------------------------------------------------------------------
+
+# Not measured yet. Rows and pieces are the largest that compile without spills for 128 channels
+# on sm_80, sm_90 and sm_100 (`benchmarks/static_cost.py`).
+BLOCK_M, BLOCK_F = 128, 64
+BWD_M, WEIGHT_M = 64, 64
+
+
+def fwd_config(M: int, C: int, F: int) -> Config:
+    """How `fwd` is launched on x (M, C) with F hidden channels."""
+    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_C": block(C, C * 2), "BLOCK_F": block(F, BLOCK_F)}
+    return Config((cdiv(M, BLOCK_M),), {"C": C, "F": F} | sizes, 8)
+
+
+def bwd_input_config(M: int, C: int, F: int) -> Config:
+    """How the gradient of x (M, C) is launched."""
+    sizes = {"BLOCK_M": BWD_M, "BLOCK_C": block(C, C * 2), "BLOCK_F": block(F, BLOCK_F)}
+    return Config((cdiv(M, BWD_M),), {"C": C, "F": F} | sizes, 8 if C > 64 else 4)
+
+
+def bwd_weight_config(M: int, C: int, F: int, multiprocessors: int) -> Config:
+    """How the gradients of the weights are launched; grid (pieces, splits)."""
+    sizes = {"BLOCK_M": WEIGHT_M, "BLOCK_C": block(C, C * 2), "BLOCK_F": block(F, BLOCK_F)}
+    pieces = cdiv(F, sizes["BLOCK_F"])
+    grid = (pieces, splits(M, WEIGHT_M, pieces, multiprocessors))
+    return Config(grid, {"C": C, "F": F} | sizes, 8)
+
+
+def fwd(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    norm: Prologue | None, scale: Tensor | None, residual: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """x (M, C), w1 (F, C), w2 (C, F), scale (B,) -> y (M, C)."""
+    (M, C), F = x.shape, len(w1)
+    w1, b1, w2 = _operands(w1, b1, w2, norm, dtype)
+    grid, arguments, warps, stages = fwd_config(M, C, F)
+    x, y = x.contiguous(), x.new_empty(M, C, dtype=x.dtype if residual else dtype)
+    with _runtime.on_device(x):
+        _ffn_fwd_kernel[grid](
+            x, w1, b1, w2, None if b2 is None else b2.contiguous(), *_mean_and_rstd(norm), scale,
+            y, M, rows_a_clip(scale, M),
+            **arguments, RESIDUAL=residual, PRECISION=precision(), num_warps=warps,
+            num_stages=stages,
+        )  # fmt: skip
+    return y
+
+
+def bwd(
+    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, norm: Prologue | None,
+    scale: Tensor | None, residual: bool, dtype: torch.dtype, group: str, with_dx: bool,
+    with_dw: bool,
+) -> tuple[Tensor | None, Sums, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx (M, C) in x's dtype; gradients of w1 (F, C) and the norm, of b1, of w2 and of b2."""
+    dy, x = dy.contiguous(), x.contiguous()
+    operands = (dy, x, *_operands(w1, b1, w2, norm, dtype), *_mean_and_rstd(norm))
+    none = x.new_empty(0, dtype=torch.float32)
+    G, dw2, db1, db2 = none, none, none, none
+    if with_dw or norm is not None:
+        G, dw2, db1 = _bwd_weight(*operands, scale)
+    sums = Sums.of(G, db1, w1, norm)
+    if not with_dx:
+        rows = dy.float() if scale is None else dy.float().view(len(scale), -1) * scale[:, None]
+        return None, sums, db1, dw2, rows.view(dy.shape).sum(0)
+    (M, C), F = x.shape, len(w1)
+    grid, arguments, warps, stages = bwd_input_config(M, C, F)
+    dx, partial = x.new_empty(x.shape), x.new_empty(grid[0], C, dtype=torch.float32)
+    through = (None, None) if norm is None else sums.through(norm, M, group)
+    with _runtime.on_device(x):
+        _ffn_bwd_input_kernel[grid](
+            *operands, *through, scale, dx, partial, M, rows_a_clip(scale, M),
+            **arguments, RESIDUAL=residual, PRECISION=precision(), num_warps=warps,
+            num_stages=stages,
+        )  # fmt: skip
+    return dx, sums, db1, dw2, partial.sum(0)
+
+
+def _operands(
+    w1: Tensor, b1: Tensor | None, w2: Tensor, norm: Prologue | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weights as the kernels read them, w1 and b1 for xhat."""
+    w1, b1 = (w1, b1) if norm is None else norm.fold(w1, b1)
+    b1 = None if b1 is None else b1.contiguous()
+    return w1.to(dtype).contiguous(), b1, w2.to(dtype).contiguous()
+
+
+def _mean_and_rstd(norm: Prologue | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else (norm.mean, norm.rstd)
+
+
+def _bwd_weight(
+    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, mean: Tensor | None,
+    rstd: Tensor | None, scale: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    (M, C), F = x.shape, len(w1)
+    grid, arguments, warps, stages = bwd_weight_config(M, C, F, _runtime.multiprocessors(x))
+    partial = [
+        x.new_empty(grid[1], *shape, dtype=torch.float32) for shape in ((F, C), (C, F), (F,))
+    ]
+    with _runtime.on_device(x):
+        _ffn_bwd_weight_kernel[grid](
+            dy, x, w1, b1, w2, mean, rstd, scale, *partial, M, rows_a_clip(scale, M),
+            **arguments, PRECISION=precision(), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return tuple(p.sum(0) for p in partial)

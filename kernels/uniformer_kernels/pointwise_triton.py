@@ -1,0 +1,240 @@
+"""Triton kernels of `pointwise`.
+
+Forward, a program makes BLOCK_M rows times BLOCK_N channels. The norm is applied to the rows it
+loads; bias, drop path, residual and statistics are done on the sums before they are stored.
+
+Backward, G = dy^T xhat comes first: it holds the sums over rows that the norm's gradient needs
+(`_norm.py`). Then dx = dy W goes through the norm as it is stored. No other pass is made.
+
+Shapes: M rows, K channels in, N channels out; R rows a clip.
+"""
+
+# mypy: disable-error-code="assignment"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from uniformer_kernels import _runtime
+from uniformer_kernels._norm import Prologue, Sums, merge_stats
+from uniformer_kernels._tile import (
+    DTYPES,
+    Config,
+    block,
+    normalised,
+    precision,
+    rows_a_clip,
+    rows_of,
+    splits,
+    through_norm,
+)
+
+__all__ = ["bwd", "bwd_input_config", "bwd_weight_config", "fwd", "fwd_config"]
+
+
+# --- Kernels --------------------------------------------------------------------------
+
+
+@triton.jit
+def _pointwise_fwd_kernel(
+    X, Weight, Bias, Mean, Rstd, Scale, Residual, Y, Stats,
+    M, R,
+    K: tl.constexpr, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weight is (N, K). Stats, where there are some, is (tiles of rows, 3, N), as in dwconv3d."""
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // tiles_n
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in tl.static_range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = rows_of(X, m, M, k, K)
+        if Mean is not None:
+            x = normalised(x, Mean, Rstd, k, K)
+        weight = tl.load(
+            Weight + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0
+        )  # (BLOCK_K, BLOCK_N)
+        acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision=PRECISION)
+
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if Bias is not None:
+        acc += tl.load(Bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if Scale is not None:
+        acc *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    if Residual is not None:
+        acc += rows_of(Residual, m, M, n, N)
+    y = acc.to(Y.dtype.element_ty)
+    tl.store(Y + m.to(tl.int64)[:, None] * N + n[None, :], y, mask=inside)
+    if Stats is not None:
+        rows = tl.minimum(M - tile * BLOCK_M, BLOCK_M).to(tl.float32)
+        y = tl.where(inside, y.to(tl.float32), 0.0)
+        mean = tl.sum(y, axis=0) / rows
+        d = tl.where(inside, y - mean[None, :], 0.0)
+        stats = Stats + tile.to(tl.int64) * 3 * N + n
+        tl.store(stats, tl.zeros([BLOCK_N], tl.float32) + rows, mask=n < N)
+        tl.store(stats + N, mean, mask=n < N)
+        tl.store(stats + 2 * N, tl.sum(d * d, axis=0), mask=n < N)
+
+
+@triton.jit
+def _pointwise_bwd_weight_kernel(
+    DY, X, Mean, Rstd, Scale, Partial, PartialBias,
+    M, R,
+    K: tl.constexpr, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial is (splits, N, K), PartialBias (splits, N); program_id(1) is the split."""
+    tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    n = tl.program_id(0) // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    db = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(split * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        dy = rows_of(DY, m, M, n, N)  # zeros beyond M make up for an xhat that has none
+        if Scale is not None:
+            dy *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+        x = rows_of(X, m, M, k, K)
+        if Mean is not None:
+            x = normalised(x, Mean, Rstd, k, K)
+        acc = tl.dot(tl.trans(dy.to(DTYPE)), x.to(DTYPE), acc, input_precision=PRECISION)
+        db += dy
+
+    at = Partial + split.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
+    tl.store(at, acc, mask=(n < N)[:, None] & (k < K)[None, :])
+    first_k = tl.program_id(0) % tiles_k == 0
+    tl.store(PartialBias + split.to(tl.int64) * N + n, tl.sum(db, axis=0), mask=(n < N) & first_k)
+
+
+@triton.jit
+def _pointwise_bwd_input_kernel(
+    DY, Weight, X, Mean, Rstd, Shift, Slope, Scale, DX,
+    M, R,
+    K: tl.constexpr, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    m = tl.program_id(0) // tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for n0 in tl.static_range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        dy = rows_of(DY, m, M, n, N)
+        weight = tl.load(
+            Weight + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0
+        )  # (BLOCK_N, BLOCK_K)
+        acc = tl.dot(dy.to(weight.dtype), weight, acc, input_precision=PRECISION)
+
+    if Scale is not None:
+        acc *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    if Mean is not None:
+        acc = through_norm(acc, rows_of(X, m, M, k, K), Mean, Rstd, Shift, Slope, k, K)
+    at = DX + m.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(at, acc.to(DX.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
+
+
+# --- Launch ---------------------------------------------------------------------------
+
+# Not measured yet: 128 rows fill the 64 x 8 tiles of the tensor cores of two warp groups.
+BLOCK_M, EDGE = 128, 128
+WEIGHT_M, WEIGHT_EDGE = 64, 64  # 64 x 64 sums of a weight's gradient are 32 registers a lane
+
+
+def fwd_config(M: int, K: int, N: int) -> Config:
+    """How `fwd` is launched on x (M, K) and weight (N, K)."""
+    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": block(N, EDGE), "BLOCK_K": block(K, 64)}
+    grid = (cdiv(M, BLOCK_M) * cdiv(N, sizes["BLOCK_N"]),)
+    return Config(grid, {"K": K, "N": N} | sizes, 8 if sizes["BLOCK_N"] > 64 else 4)
+
+
+def bwd_input_config(M: int, K: int, N: int) -> Config:
+    """How the gradient of x (M, K) is launched."""
+    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": block(N, 64), "BLOCK_K": block(K, EDGE)}
+    grid = (cdiv(M, BLOCK_M) * cdiv(K, sizes["BLOCK_K"]),)
+    return Config(grid, {"K": K, "N": N} | sizes, 8 if sizes["BLOCK_K"] > 64 else 4)
+
+
+def bwd_weight_config(M: int, K: int, N: int, multiprocessors: int) -> Config:
+    """How the gradient of the weight (N, K) is launched; grid (tiles, splits)."""
+    block_n, block_k = block(N, WEIGHT_EDGE), block(K, WEIGHT_EDGE)
+    tiles = cdiv(N, block_n) * cdiv(K, block_k)
+    sizes = {"BLOCK_M": WEIGHT_M, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    grid = (tiles, splits(M, WEIGHT_M, tiles, multiprocessors))
+    return Config(grid, {"K": K, "N": N} | sizes, 4)
+
+
+def fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Prologue | None, scale: Tensor | None,
+    residual: Tensor | None, dtype: torch.dtype, with_stats: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """x (M, K), weight (N, K), scale (B,), residual (M, N) -> y (M, N), statistics (2, N)."""
+    weight, bias = (weight, bias) if norm is None else norm.fold(weight, bias)
+    x, weight = x.contiguous(), weight.to(dtype).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    (M, K), N = x.shape, len(weight)
+    grid, arguments, warps, stages = fwd_config(M, K, N)
+    y = x.new_empty(M, N, dtype=dtype if residual is None else residual.dtype)
+    tiles = cdiv(M, BLOCK_M)
+    stats = x.new_empty(tiles, 3, N, dtype=torch.float32) if with_stats else None
+    with _runtime.on_device(x):
+        _pointwise_fwd_kernel[grid](
+            x, weight, bias, *((None, None) if norm is None else norm[:2]), scale, residual, y, stats,
+            M, rows_a_clip(scale, M),
+            **arguments, PRECISION=precision(), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return y, None if stats is None else merge_stats(stats)
+
+
+def bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, norm: Prologue | None, scale: Tensor | None,
+    dtype: torch.dtype, group: str, with_dx: bool, with_dw: bool,
+) -> tuple[Tensor | None, Sums, Tensor]:  # fmt: skip
+    """dx (M, K) in x's dtype, the gradients of the weight (N, K) and norm, and of the bias (N,)."""
+    dy, x = dy.contiguous(), x.contiguous()
+    G, db = weight.new_empty(0), weight.new_empty(0)
+    if with_dw or norm is not None:
+        G, db = _bwd_weight(dy, x, norm, scale, dtype)
+    sums = Sums.of(G, db, weight, norm)
+    if not with_dx:
+        return None, sums, db
+    (M, K), N = x.shape, len(weight)
+    grid, arguments, warps, stages = bwd_input_config(M, K, N)
+    dx = x.new_empty(x.shape)
+    through: tuple = (None,) * 5
+    if norm is not None:
+        weight, through = weight * norm.gamma, (x, *norm[:2], *sums.through(norm, M, group))
+    with _runtime.on_device(x):
+        _pointwise_bwd_input_kernel[grid](
+            dy, weight.to(dtype).contiguous(), *through, scale, dx,
+            M, rows_a_clip(scale, M),
+            **arguments, PRECISION=precision(), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return dx, sums, db
+
+
+def _bwd_weight(
+    dy: Tensor, x: Tensor, norm: Prologue | None, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    (M, K), N = x.shape, dy.shape[1]
+    grid, arguments, warps, stages = bwd_weight_config(M, K, N, _runtime.multiprocessors(x))
+    partial = x.new_empty(grid[1], N, K, dtype=torch.float32)
+    partial_bias = x.new_empty(grid[1], N, dtype=torch.float32)
+    with _runtime.on_device(x):
+        _pointwise_bwd_weight_kernel[grid](
+            dy, x, *((None, None) if norm is None else norm[:2]), scale, partial, partial_bias,
+            M, rows_a_clip(scale, M),
+            **arguments, DTYPE=DTYPES[dtype], PRECISION=precision(), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return partial.sum(0), partial_bias.sum(0)
