@@ -48,8 +48,7 @@ def cases() -> Iterator[Case]:
     """Label, kernel, its arguments (a dtype for a pointer, or a value), options of the launch."""
     yield from _dwconv3d_cases()
     for C, T, H, W in LOCAL:
-        for case in (*_pointwise_cases(B * T * H * W, C), *_ffn_cases(B * T * H * W, C)):
-            yield case
+        yield from (*_pointwise_cases(B * T * H * W, C), *_ffn_cases(B * T * H * W, C))
 
 
 def _dwconv3d_cases() -> Iterator[Case]:
@@ -84,7 +83,6 @@ def _dwconv3d_cases() -> Iterator[Case]:
 
 NORM = {"Mean": "fp32", "Rstd": "fp32"}
 THROUGH = {"Shift": "fp32", "Slope": "fp32"}  # a norm, backward
-EXACT = {"PRECISION": "ieee"}
 
 
 def _pointwise_cases(M: int, C: int) -> Iterator[Case]:
@@ -96,36 +94,55 @@ def _pointwise_cases(M: int, C: int) -> Iterator[Case]:
     config = op.fwd_config(M, C, C)
     for name, more in (
         ("norm", {"X": "fp32", "Y": "bf16"} | NORM),
-        ("residual", {"X": "bf16", "Y": "fp32", "Scale": "fp32", "Residual": "fp32", "Stats": "fp32"}),
+        (
+            "residual",
+            {"X": "bf16", "Y": "fp32", "Scale": "fp32", "Residual": "fp32", "Stats": "fp32"},
+        ),
     ):
         arguments = {"Weight": "bf16", "Bias": "fp32"} | plain | more | rows | config.arguments
-        label = f"pointwise_fwd {name} C={C}"
-        yield label, op._pointwise_fwd_kernel, arguments | EXACT, options(config)
+        label = f"pointwise_fwd {name} bf16 rows C={C}"
+        yield label, op._pointwise_fwd_kernel, arguments, options(config)
     config = op.bwd_weight_config(M, C, C, multiprocessors=132)
     pointers = {"DY": "bf16", "X": "fp32", "Scale": None, "Partial": "fp32", "PartialBias": "fp32"}
-    arguments = pointers | NORM | rows | config.arguments | {"DTYPE": tl_bf16()} | EXACT
-    yield f"pointwise_bwd_weight C={C}", op._pointwise_bwd_weight_kernel, arguments, options(config)
+    arguments = pointers | NORM | rows | config.arguments | {"DTYPE": tl_bf16()}
+    yield (
+        f"pointwise_bwd_weight bf16 rows C={C}",
+        op._pointwise_bwd_weight_kernel,
+        arguments,
+        options(config),
+    )
     config = op.bwd_input_config(M, C, C)
     pointers = {"DY": "bf16", "Weight": "bf16", "X": "fp32", "Scale": None, "DX": "fp32"}
-    arguments = pointers | NORM | THROUGH | rows | config.arguments | EXACT
-    yield f"pointwise_bwd_input C={C}", op._pointwise_bwd_input_kernel, arguments, options(config)
+    arguments = pointers | NORM | THROUGH | rows | config.arguments
+    yield (
+        f"pointwise_bwd_input bf16 rows C={C}",
+        op._pointwise_bwd_input_kernel,
+        arguments,
+        options(config),
+    )
 
 
 def _ffn_cases(M: int, C: int) -> Iterator[Case]:
     from uniformer_kernels import ffn_triton as op
 
     F = 3 * C if C in (56, 112) else 4 * C
-    pointers = {"X": "fp32", "W1": "bf16", "B1": "fp32", "W2": "bf16", "B2": "fp32"} | NORM
+    pointers: dict[str, Any] = {
+        "X": "fp32",
+        "W1": "bf16",
+        "B1": "fp32",
+        "W2": "bf16",
+        "B2": "fp32",
+    } | NORM
     pointers |= {"Scale": "fp32", "DY": "fp32", "Y": "fp32", "DX": "fp32"} | THROUGH
     pointers |= dict.fromkeys(("Partial1", "Partial2", "PartialBias1", "PartialBias2"), "fp32")
-    pointers |= {"M": M, "R": M // B, "RESIDUAL": True} | EXACT
+    pointers |= {"M": M, "R": M // B, "RESIDUAL": True}
     for name, config in (
         ("fwd", op.fwd_config(M, C, F)),
-        ("bwd_weight", op.bwd_weight_config(M, C, F, multiprocessors=132)),
+        ("bwd_weight", op.bwd_weight_config(M, C, F, multiprocessors=132, shared=op.ROOMY)),
         ("bwd_input", op.bwd_input_config(M, C, F)),
     ):
         kernel = getattr(op, f"_ffn_{name}_kernel")
-        yield f"ffn_{name} C={C}", kernel, pointers | config.arguments, options(config)
+        yield f"ffn_{name} bf16 rows C={C}", kernel, pointers | config.arguments, options(config)
 
 
 def options(config: Any) -> dict[str, int]:
@@ -154,7 +171,7 @@ def compile_for(
         value = arguments[name]
         if value is None:
             signature[name], values[name] = "constexpr", None
-        elif isinstance(value, str) and name not in constexprs:
+        elif isinstance(value, str):
             signature[name], attributes[(i,)] = f"*{value}", [["tt.divisibility", 16]]
         elif name in constexprs or value == 1:  # as a launch specialises
             signature[name], values[name] = "constexpr", value
@@ -172,6 +189,7 @@ def compile_for(
         "shared_bytes": compiled.metadata.shared,
         "warps": options["num_warps"],
         "instructions": len(sass),
+        "tensor_cores": _mix([i for _, i in sass])["mma"],
         "loop": _mix(_main_loop(sass)),
     }
 
@@ -247,7 +265,8 @@ def main() -> None:
         print(
             f"{row['kernel']:<48}{row['arch']:<8}{row['registers']:>4} regs "
             f"{row['spilled_bytes']:>4} spilled {row['shared_bytes']:>6} shared  "
-            f"loop {loop['all']:>5}: mma {loop['mma']:>3} products {loop['products']:>4} load {loop['load']:>3} "
+            f"loop {loop['all']:>5}: mma {loop['mma']:>3} products {loop['products']:>4} "
+            f"load {loop['load']:>3} "
             f"convert {loop['convert']:>3} integer {loop['integer']:>4}"
         )
     if archs == ARCHS:

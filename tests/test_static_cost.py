@@ -17,7 +17,11 @@ print(json.dumps(report(match={match!r})))
 """
 
 
-@pytest.mark.parametrize("match", ["3x3x3 C=64", "5x5x5 C=64"])
+WIDTHS = [64, 128, 56, 112]  # of the local stages, and of the light models'
+KERNELS = {"3x3x3 C=64 ": 2, "5x5x5 C=64 ": 2} | {f"bf16 rows C={C}": 7 for C in WIDTHS}
+
+
+@pytest.mark.parametrize("match", KERNELS)
 def test_kernels_compile_without_spills_to_what_is_on_file(match):
     """In a process of its own: kernels that are interpreted cannot be compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -28,11 +32,12 @@ def test_kernels_compile_without_spills_to_what_is_on_file(match):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 2 * len(ARCHS)  # forward, and the gradient of the weight
+    assert len(rows) == KERNELS[match] * len(ARCHS)
     for row in rows:
         assert row["spilled_bytes"] == 0, row
-        assert row["shared_bytes"] <= 99 * 1024, row  # of the smallest chip
-        assert row["loop"]["products"] > 200, row
+        # Of sm_80; smaller chips get smaller tiles of a weight's gradient.
+        assert row["shared_bytes"] <= 164 * 1024, row
+        assert row["loop"]["products"] > 200 or row["tensor_cores"] > 0, row
     filed = json.loads(RESULTS.read_text())
     if filed["environment"]["triton"] == triton.__version__:
         stale = "python -m benchmarks.static_cost writes it anew; say why it changed"

@@ -8,6 +8,7 @@ are the last step of the product before them. The hidden layer of the FFN is nev
 Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from uniformer_kernels import (
     channel_stats,
     current_backend,
     dwconv3d,
+    dwconv3d_stats,
     ffn,
     pointwise,
+    pointwise_stats,
     sync_stats,
 )
 
@@ -84,15 +87,14 @@ class LocalBlock(nn.Module):
 
     def fused(self, x: Tensor) -> Tensor:
         """The same on operators that pass on what the next one needs."""
-        x, stats = self._dpe(x, with_stats=_of_batch(self.norm1))
+        x, stats = self._dpe(x)
         norm, weight, bias = self._normed("norm1", self.conv1, stats, x)
         value = pointwise(x, weight, bias, norm=norm)
         context = dwconv3d(value, self.attn.weight, self.attn.bias)
-        out = pointwise(
-            context, self.conv2.weight, self.conv2.bias, scale=self.drop_path.draw(x), residual=x,
-            stats=_of_batch(self.norm2),
-        )  # fmt: skip
-        x, stats = out if _of_batch(self.norm2) else (out, None)
+        run = pointwise_stats if _of_batch(self.norm2) else _without(pointwise)
+        x, stats = run(
+            context, self.conv2.weight, self.conv2.bias, scale=self.drop_path.draw(x), residual=x
+        )
         norm, weight, bias = self._normed("norm2", self.mlp.fc1, stats, x)
         fc2 = self.mlp.fc2
         return ffn(
@@ -100,15 +102,15 @@ class LocalBlock(nn.Module):
             residual=True,
         )  # fmt: skip
 
-    def _dpe(self, x: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
+    def _dpe(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Its output, and the statistics of that where `norm1` needs them."""
         if isinstance(self.pos_embed, nn.Identity):
-            return x, channel_stats(x) if with_stats else None
-        weight, bias = self.pos_embed.weight, self.pos_embed.bias
-        out = dwconv3d(x, weight, bias, residual=True, stats=with_stats)
-        return out if with_stats else (out, None)
+            return x, channel_stats(x) if _of_batch(self.norm1) else None
+        run = dwconv3d_stats if _of_batch(self.norm1) else _without(dwconv3d)
+        return run(x, self.pos_embed.weight, self.pos_embed.bias, residual=True)
 
     def _normed(
-        self, name: str, conv: Pointwise, stats: Tensor | None, x: Tensor
+        self, name: str, conv: Any, stats: Tensor | None, x: Tensor
     ) -> tuple[Norm | None, Tensor, Tensor | None]:
         """The norm to apply before `conv`, and the weight and bias of that."""
         norm = getattr(self, name)
@@ -116,7 +118,7 @@ class LocalBlock(nn.Module):
             return _from_batch(norm, stats, x), conv.weight, conv.bias
         return None, *self._fold(name, norm, conv)
 
-    def _fold(self, name: str, norm: nn.BatchNorm3d, conv: Pointwise) -> tuple[Tensor, Tensor]:
+    def _fold(self, name: str, norm: Any, conv: Any) -> tuple[Tensor, Tensor]:
         """`conv` after `norm` in eval mode, as one; kept while nothing of them changes."""
         of = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
         if torch.compiler.is_compiling() or any(
@@ -140,12 +142,17 @@ class LocalBlock(nn.Module):
         return super().__getstate__() | {"_folded": {}}
 
 
+def _without(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    """An operator that might have given statistics, and does not."""
+    return lambda *args, **kwargs: (op(*args, **kwargs), None)
+
+
 def _of_batch(norm: nn.Module) -> bool:
     """Whether a BatchNorm takes the statistics of the batch now."""
     return norm.training or norm.running_mean is None
 
 
-def _from_batch(norm: nn.BatchNorm3d | nn.SyncBatchNorm, stats: Tensor, x: Tensor) -> Norm:
+def _from_batch(norm: Any, stats: Tensor, x: Tensor) -> Norm:
     """The norm with these statistics of x, which also go into its running ones, as PyTorch does."""
     group, rows = _group(norm), x.numel() // x.shape[-1]
     stats, rows = sync_stats(stats, rows, group)
@@ -165,12 +172,12 @@ def _group(norm: nn.Module) -> str:
         return ""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
-    group = norm.process_group or torch.distributed.group.WORLD
+    group: Any = norm.process_group or torch.distributed.group.WORLD
     return group.group_name if group.size() > 1 else ""
 
 
 @torch.no_grad()
-def _update(norm: nn.BatchNorm3d, stats: Tensor, rows: int) -> None:
+def _update(norm: Any, stats: Tensor, rows: int) -> None:
     momentum = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -182,7 +189,7 @@ def _update(norm: nn.BatchNorm3d, stats: Tensor, rows: int) -> None:
     norm.running_var.lerp_((var * (rows / (rows - 1))).to(norm.running_var.dtype), momentum)
 
 
-def _folded(norm: nn.BatchNorm3d, conv: Pointwise) -> tuple[Tensor, Tensor]:
+def _folded(norm: Any, conv: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of conv(norm(x)), norm with its running statistics."""
     factor = (norm.running_var + norm.eps).rsqrt()
     factor = factor if norm.weight is None else factor * norm.weight

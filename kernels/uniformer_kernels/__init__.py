@@ -3,9 +3,9 @@
 from uniformer_kernels._norm import Norm, channel_stats, sync_stats
 from uniformer_kernels._runtime import announce, backend, current_backend, report
 from uniformer_kernels.attention import attention
-from uniformer_kernels.dwconv3d import MAX_KERNEL, dwconv3d
+from uniformer_kernels.dwconv3d import MAX_KERNEL, dwconv3d, dwconv3d_stats
 from uniformer_kernels.ffn import ffn
-from uniformer_kernels.pointwise import pointwise
+from uniformer_kernels.pointwise import pointwise, pointwise_stats
 
 __all__ = [
     "MAX_KERNEL",
@@ -16,8 +16,10 @@ __all__ = [
     "channel_stats",
     "current_backend",
     "dwconv3d",
+    "dwconv3d_stats",
     "ffn",
     "pointwise",
+    "pointwise_stats",
     "report",
     "sync_stats",
 ]

@@ -1,32 +1,59 @@
-"""Matrix products on a CPU, some rows at a time: what is between two of them stays in the cache.
+"""Matrix products some rows at a time: what is between two of them stays in the cache.
+
+So a CPU runs `pointwise` and `ffn`, and a GPU in fp32, for which it has no tensor cores.
 
 PyTorch's own products run at 195 GFLOP/s on 1,024 rows whose result is written over the last one's
 and at 137 on all 25,088 of them, whose 26 MB are fetched from the system and given back each time;
 an erf-GELU takes 2 ms instead of 8 (two threads, fp32, 64 to 256 channels).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Prologue, Sums
 
 __all__ = [
-    "Normalised", "accumulate", "chunks", "compute_dtype", "per_row", "product", "through_norm",
+    "Normalised", "accumulate", "chunks", "compute_dtype", "fitted", "per_row", "prepare", "product",
+    "serves", "through_norm",
 ]  # fmt: skip
 
 ROWS = {2: 4096, 4: 1024, 8: 512}  # by bytes an element; 16-bit products want more to start well
+GPU_ROWS = 2**16
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which products are made: for fp16 there are no instructions, nor a library."""
-    return torch.float32 if dtype == torch.float16 else dtype
+def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In which products are made: a CPU has no instructions for fp16, nor a library."""
+    return torch.float32 if dtype == torch.float16 and not x.is_cuda else dtype
 
 
-def chunks(rows: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of `rows` rows."""
-    step = ROWS[dtype.itemsize]
+def prepare(op: str, x: Tensor) -> tuple[torch.dtype, bool]:
+    """In which dtype products of x are to be made, and whether in plain PyTorch."""
+    dtype, device = x.dtype, x.device.type
+    known = device in ("cpu", "cuda")
+    if known and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    plain = not known or x.numel() == 0 or _runtime.current_backend() == "reference"
+    return dtype, plain or _runtime.under_torch_func(op)
+
+
+def serves(op: str, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `op` is to go in chunks through the library's products, in `dtype`."""
+    if _runtime.serving(op, x.device) != "triton":
+        return True
+    if x.is_cuda and dtype.itemsize > 2 and _runtime.current_backend() == "auto":
+        why = f"products of {dtype} have no tensor cores; torch.autocast makes them in 16 bits"
+        _runtime.announce(f"{op} runs on PyTorch's products, slower than it could", why)
+        return True
+    return False
+
+
+def chunks(x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of x's rows."""
+    rows, step = len(x), GPU_ROWS if x.is_cuda else ROWS[dtype.itemsize]
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
@@ -57,7 +84,7 @@ class Normalised:
 
     def __init__(self, norm: Prologue | None, x: Tensor, dtype: torch.dtype) -> None:
         self.norm, self.x, self.dtype = norm, x, dtype
-        self.shift = None if norm is None else -norm.mean * norm.rstd
+        self.shift = x.new_empty(0) if norm is None else -norm.mean * norm.rstd
 
     def __getitem__(self, rows: slice) -> Tensor:
         x = self.x[rows]
@@ -69,5 +96,13 @@ class Normalised:
 def through_norm(g: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str) -> None:
     """g (M, C), the gradient of xhat, becomes that of x."""
     shift, slope = sums.through(norm, len(x), group)
-    for rows in chunks(len(x), x.dtype):
+    for rows in chunks(x, x.dtype):
         g[rows] = (g[rows] - shift).mul_(norm.rstd).addcmul_(x[rows] - norm.mean, slope)
+
+
+def fitted(found: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Any:
+    """Gradients in the shapes and dtypes of `outputs`; those without elements are not wanted."""
+    return tuple(
+        out if got is None or out.numel() == 0 else got.view(out.shape).to(out.dtype)
+        for got, out in zip(found, outputs, strict=True)
+    )

@@ -14,7 +14,7 @@ over rows come out of that: with G = dout^T xhat and db = sum dout, both of W's 
     dgamma = sum_n W * G    dbeta = db W    dW = gamma * G + db beta^T
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -85,9 +85,11 @@ class Sums(NamedTuple):
         return cls(dw, (weight * G).sum(0), db @ weight)
 
     def through(self, norm: Prologue, rows: int, group: str) -> tuple[Tensor, Tensor]:
-        """(shift, slope): from g, the gradient of xhat, dx = (g - shift) * rstd + (x - mean) * slope.
+        """Shift and slope of the step from g, the gradient of xhat, to that of x:
 
-        The means are over the rows of all ranks of `group`.
+            dx = (g - shift) * rstd + (x - mean) * slope
+
+        with means over the rows of all ranks of `group`.
         """
         gamma, beta = self.gamma / rows, self.beta / rows
         if group:
@@ -130,5 +132,5 @@ def sync_stats(stats: Tensor, rows: int, group: str) -> tuple[Tensor, int]:
     return merge_stats(merged), int(merged[:, 0, 0].sum().item())
 
 
-def _group(name: str) -> dist.ProcessGroup:
+def _group(name: Any) -> dist.ProcessGroup:
     return torch._C._distributed_c10d._resolve_process_group(name)

@@ -21,9 +21,10 @@ from torch.autograd import forward_ad
 from uniformer_kernels import _native
 
 __all__ = [
-    "BACKENDS", "announce", "backend", "check_dtypes", "check_shapes", "current_backend", "functorch_is_active", "interpreting",
-    "multiprocessors", "native_library", "on_device", "parallel_for", "register", "report",
-    "serving", "tuned", "under_torch_func", "why_not",
+    "BACKENDS", "announce", "backend", "check_dtypes", "check_shapes", "current_backend",
+    "functorch_is_active", "interpreting", "multiprocessors", "native_library", "on_device",
+    "parallel_for", "register", "report",
+    "serving", "shared_memory", "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
 
 log = logging.getLogger("uniformer.kernels")
@@ -211,6 +212,14 @@ def multiprocessors(x: torch.Tensor) -> int:
     if not x.is_cuda:
         return 2
     return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def shared_memory(x: torch.Tensor) -> int:
+    """Bytes that a program may have of `x`'s GPU; the most there are for the interpreter."""
+    if not x.is_cuda:
+        return 2**20
+    properties: Any = torch.cuda.get_device_properties(x.device)  # stubs lack the attribute
+    return properties.shared_memory_per_block_optin
 
 
 # --- What was measured ----------------------------------------------------------------

@@ -25,7 +25,7 @@ from uniformer_kernels import _runtime, dwconv3d_native
 from uniformer_kernels._norm import channel_stats
 from uniformer_kernels._operator import Operator
 
-__all__ = ["MAX_KERNEL", "dwconv3d", "dwconv3d_ref"]
+__all__ = ["MAX_KERNEL", "dwconv3d", "dwconv3d_ref", "dwconv3d_stats"]
 
 MAX_KERNEL = 9  # the largest tube size of the paper's ablation
 
@@ -284,9 +284,8 @@ def _bwd_flops(dy_shape, x_shape, weight_shape, residual, with_dx, with_dw, **_)
 
 
 def dwconv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False,
-    stats: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False
+) -> Tensor:
     """Convolve every channel of `x` with its own kernel.
 
     Equivalent to `F.conv3d(x, weight, bias, padding="same", groups=C)` with channels last.
@@ -300,30 +299,51 @@ def dwconv3d(
         weight: (C, 1, kt, kh, kw), each of kt, kh, kw odd and from 1 to 9; of x's dtype, or fp32.
         bias: (C,), of the weight's dtype.
         residual: add `x` to the result.
-        stats: also return mean and biased variance of the result's channels, which the BatchNorm
-            after it needs.
 
     Returns:
-        (B, T, H, W, C), contiguous, in `x`'s dtype; with `stats`, that and a (2, C) tensor in fp32
-        (of fp64, in fp64), which carries no gradient.
+        (B, T, H, W, C), contiguous, in `x`'s dtype.
 
     Raises:
         ValueError: a shape or dtype is not as above, or the backend that was asked for does not
             run on x's device.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    _check(x, weight, bias)
-    if stats and x.numel() == 0:
+    x, plain = _prepare(x, weight, bias, residual)
+    if plain:
+        return dwconv3d_ref(x, weight, bias, residual=residual)
+    return _fwd(x, weight, bias, residual)
+
+
+def dwconv3d_stats(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`dwconv3d`, and what a BatchNorm after it needs to know, without a pass of its own.
+
+    Returns:
+        The result of `dwconv3d`, and (2, C): mean and biased variance of its channels, in fp32, of
+        fp64 in fp64. They carry no gradient.
+
+    Raises:
+        ValueError: as `dwconv3d`; or x has no elements.
+    """
+    if x.numel() == 0:
         raise ValueError(f"nothing has no statistics: x is {tuple(x.shape)}")
+    x, plain = _prepare(x, weight, bias, residual)
+    if not plain:
+        return _stats(x, weight, bias, residual)
+    y = dwconv3d_ref(x, weight, bias, residual=residual)
+    return y, channel_stats(y)
+
+
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> tuple[Tensor, bool]:
+    """x as autocast has it, and whether to run in plain PyTorch."""
+    _check(x, weight, bias)
     device = x.device.type
     known = device in ("cpu", "cuda")
     if known and torch.is_autocast_enabled(device) and not residual and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     plain = not known or x.dtype == torch.float64 or _runtime.current_backend() == "reference"
-    if x.numel() and (plain or _runtime.under_torch_func("dwconv3d")):
-        y = dwconv3d_ref(x, weight, bias, residual=residual)
-        return (y, channel_stats(y)) if stats else y
-    return (_stats if stats else _fwd)(x, weight, bias, residual)
+    return x, x.numel() > 0 and (plain or _runtime.under_torch_func("dwconv3d"))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

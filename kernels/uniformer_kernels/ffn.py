@@ -26,8 +26,11 @@ from uniformer_kernels._chunked import (
     accumulate,
     chunks,
     compute_dtype,
+    fitted,
     per_row,
+    prepare,
     product,
+    serves,
     through_norm,
 )
 from uniformer_kernels._norm import Norm, Prologue, Sums
@@ -37,7 +40,7 @@ __all__ = ["ffn", "ffn_ref"]
 
 WIDEST = 128  # channels of which a tile of rows and both matrices' tiles fit a GPU's registers
 
-_runtime.register("ffn", {"cuda": ("triton",), "cpu": ("chunked", "triton")})
+_runtime.register("ffn", {"cuda": ("triton", "chunked"), "cpu": ("chunked", "triton")})
 
 
 # --- Reference ------------------------------------------------------------------------
@@ -48,7 +51,8 @@ def ffn_ref(
     norm: Norm | None = None, scale: Tensor | None = None, residual: bool = False,
 ) -> Tensor:  # fmt: skip
     """`ffn` in plain PyTorch; a norm takes the statistics of x itself."""
-    w1, b1, w2, b2 = (None if t is None else t.to(x.dtype) for t in (w1, b1, w2, b2))
+    w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
+    b1, b2 = (None if b is None else b.to(x.dtype) for b in (b1, b2))
     z = x
     if norm is not None:
         rows = x.reshape(-1, x.shape[-1])
@@ -59,7 +63,7 @@ def ffn_ref(
     return x + y if residual else y
 
 
-# --- On a CPU -------------------------------------------------------------------------
+# --- In chunks ------------------------------------------------------------------------
 
 
 def _fwd_chunked(
@@ -67,13 +71,13 @@ def _fwd_chunked(
     norm: Prologue | None, scale: Tensor | None, residual: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """x (M, C), w1 (F, C), w2 (C, F), scale (B,) -> y (M, C)."""
-    compute = compute_dtype(dtype)
+    compute = compute_dtype(x, dtype)
     y = x.new_empty(len(x), len(w2), dtype=x.dtype if residual else dtype)
     w1, b1 = (w1, b1) if norm is None else norm.fold(w1, b1)
     w1, w2 = w1.to(compute).t(), w2.to(compute).t()
     b1, b2 = (None if b is None else b.to(compute) for b in (b1, b2))
     inputs, scale = Normalised(norm, x, compute), per_row(scale, len(x))
-    for rows in chunks(len(x), compute):
+    for rows in chunks(x, compute):
         hidden = torch.ops.aten.gelu_(product(inputs[rows], w1, b1))
         out = product(hidden, w2, b2)
         out = out if scale is None else out * scale[rows]
@@ -87,7 +91,7 @@ def _bwd_chunked(
     with_dw: bool,
 ) -> tuple[Tensor | None, Sums, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx (M, C) in x's dtype; gradients of w1 (F, C) and the norm, of b1, of w2 and of b2."""
-    compute = compute_dtype(dtype)
+    compute = compute_dtype(x, dtype)
     exact = torch.promote_types(torch.float32, compute)
     dx = x.new_empty(x.shape) if with_dx else None
     G, db1 = x.new_zeros(w1.shape, dtype=exact), x.new_zeros(len(w1), dtype=exact)
@@ -95,7 +99,7 @@ def _bwd_chunked(
     c1, bias = (w1, b1) if norm is None else norm.fold(w1, b1)
     c1, c2, bias = c1.to(compute), w2.to(compute), None if bias is None else bias.to(compute)
     inputs, scale = Normalised(norm, x, compute), per_row(scale, len(x))
-    for rows in chunks(len(x), compute):
+    for rows in chunks(x, compute):
         d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(compute)
         xhat = inputs[rows]
         h = product(xhat, c1.t(), bias)
@@ -125,8 +129,7 @@ def _fwd_kernel(
     residual: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     norm, rows = Prologue.of(stats, gamma, beta, eps), x.reshape(-1, x.shape[-1])
-    triton = _runtime.serving("ffn", x.device) == "triton"
-    run = _triton().fwd if triton else _fwd_chunked
+    run = _fwd_chunked if serves("ffn", x, dtype) else _triton().fwd
     with torch.autocast(x.device.type, enabled=False):
         y = run(rows, w1.flatten(1), b1, w2.flatten(1), b2, norm, scale, residual, dtype)
     return y.view(x.shape)
@@ -158,18 +161,14 @@ def _bwd_kernel(
         dy, x, w1, b1, w2, stats, gamma, beta, eps, group, scale, residual, dtype, with_dx, with_dw
     )
     norm, C = Prologue.of(stats, gamma, beta, eps), x.shape[-1]
-    triton = _runtime.serving("ffn", x.device) == "triton"
-    run = _triton().bwd if triton else _bwd_chunked
+    run = _bwd_chunked if serves("ffn", x, dtype) else _triton().bwd
     with torch.autocast(x.device.type, enabled=False):
         dx, sums, db1, dw2, db2 = run(
             dy.reshape(-1, C), x.reshape(-1, C), w1.flatten(1), b1, w2.flatten(1), norm, scale,
             residual, dtype, group, with_dx, with_dw,
         )  # fmt: skip
     found = (dx, sums.weight, db1, dw2, db2, sums.gamma, sums.beta)
-    return tuple(
-        want if want.numel() == 0 else got.view(want.shape).to(want.dtype)
-        for want, got in zip(outputs, found, strict=True)
-    )
+    return fitted(found, outputs)
 
 
 def _bwd_fake(
@@ -273,14 +272,9 @@ def ffn(
         ValueError: a shape or dtype is not as above.
     """
     _check(x, w1, b1, w2, b2, norm, scale)
-    dtype, device = x.dtype, x.device.type
-    known = device in ("cpu", "cuda")
-    if known and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    reference = not known or _runtime.current_backend() == "reference" or x.numel() == 0
-    if device == "cuda" and _runtime.current_backend() != "triton":
-        reference = reference or dtype == torch.float64 or x.shape[-1] > WIDEST
-    if reference or _runtime.under_torch_func("ffn"):
+    dtype, plain = prepare("ffn", x)
+    wide = x.is_cuda and x.shape[-1] > WIDEST and _runtime.current_backend() != "triton"
+    if plain or wide:
         return ffn_ref(x, w1, b1, w2, b2, norm=norm, scale=scale, residual=residual)
     found, gamma, beta, eps, group = norm or (None, None, None, 0.0, "")
     return _fwd(x, w1, b1, w2, b2, found, gamma, beta, eps, group, scale, residual, dtype)

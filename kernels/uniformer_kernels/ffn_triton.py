@@ -13,6 +13,8 @@ Shapes: M rows, C channels, F hidden channels; R rows a clip.
 
 # mypy: disable-error-code="assignment"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +29,7 @@ from uniformer_kernels._tile import (
     gelu,
     gelu_and_slope,
     normalised,
-    precision,
+    once,
     rows_a_clip,
     rows_of,
     splits,
@@ -57,9 +59,9 @@ def _plain(Weight, a, A: tl.constexpr, b, B: tl.constexpr):
 
 
 @triton.jit
-def _hidden(z, W1, B1, f, c, C: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr):
+def _hidden(z, W1, B1, f, c, C: tl.constexpr, F: tl.constexpr):
     """Channels f of the hidden layer before its GELU, in fp32."""
-    h = tl.dot(z, _transposed(W1, f, F, c, C), input_precision=PRECISION)
+    h = tl.dot(z, _transposed(W1, f, F, c, C), input_precision="ieee")
     if B1 is not None:
         h += tl.load(B1 + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
     return h
@@ -71,7 +73,7 @@ def _ffn_fwd_kernel(
     M, R,
     C: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
-    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """W1 is (F, C), W2 (C, F)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -84,9 +86,9 @@ def _ffn_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
-        a = gelu(_hidden(z, W1, B1, f, c, C, F, PRECISION))
+        a = gelu(_hidden(z, W1, B1, f, c, C, F))
         w2 = _transposed(W2, c, C, f, F)  # (BLOCK_F, BLOCK_C)
-        acc = tl.dot(a.to(w2.dtype), w2, acc, input_precision=PRECISION)
+        acc = tl.dot(a.to(w2.dtype), w2, acc, input_precision="ieee")
 
     if B2 is not None:
         acc += tl.load(B2 + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
@@ -104,7 +106,6 @@ def _ffn_bwd_weight_kernel(
     M, R,
     C: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial1 is (splits, F, C), Partial2 (splits, C, F); program_id(1) is the split."""
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -119,19 +120,19 @@ def _ffn_bwd_weight_kernel(
         x = rows_of(X, m, M, c, C)
         if Mean is not None:
             x = normalised(x, Mean, Rstd, c, C)
-        x = x.to(W1.dtype.element_ty)
-        h = _hidden(x, W1, B1, f, c, C, F, PRECISION)
+        x = once(x).to(W1.dtype.element_ty)
+        h = _hidden(x, W1, B1, f, c, C, F)
         a, slope = gelu_and_slope(h)
 
         dy = rows_of(DY, m, M, c, C)  # zeros beyond M, hence no gradient from there
         if Scale is not None:
             dy *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
-        dy = dy.to(W2.dtype.element_ty)
-        dw2 = tl.dot(tl.trans(dy), a.to(dy.dtype), dw2, input_precision=PRECISION)
-        dh = tl.dot(dy, _plain(W2, c, C, f, F), input_precision=PRECISION) * slope
+        dy = once(dy).to(W2.dtype.element_ty)
+        dw2 = tl.dot(tl.trans(dy), a.to(dy.dtype), dw2, input_precision="ieee")
+        dh = tl.dot(dy, _plain(W2, c, C, f, F), input_precision="ieee") * slope
         db1 += dh
         dh = tl.trans(dh.to(dy.dtype))
-        dw1 = tl.dot(dh, x, dw1, input_precision=PRECISION)
+        dw1 = tl.dot(dh, x, dw1, input_precision="ieee")
 
     inside = (f < F)[:, None] & (c < C)[None, :]
     split = split.to(tl.int64)
@@ -147,7 +148,7 @@ def _ffn_bwd_input_kernel(
     M, R,
     C: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
-    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """PartialBias2 is (tiles of rows, C)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -165,11 +166,11 @@ def _ffn_bwd_input_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
-        h = _hidden(z, W1, B1, f, c, C, F, PRECISION)
+        h = _hidden(z, W1, B1, f, c, C, F)
         _, slope = gelu_and_slope(h)
-        dh = tl.dot(dy, _plain(W2, c, C, f, F), input_precision=PRECISION) * slope
+        dh = tl.dot(dy, _plain(W2, c, C, f, F), input_precision="ieee") * slope
         w1 = _plain(W1, f, F, c, C)  # (BLOCK_F, BLOCK_C)
-        acc = tl.dot(dh.to(w1.dtype), w1, acc, input_precision=PRECISION)
+        acc = tl.dot(dh.to(w1.dtype), w1, acc, input_precision="ieee")
 
     if Mean is not None:
         acc = through_norm(acc, rows_of(X, m, M, c, C), Mean, Rstd, Shift, Slope, c, C)
@@ -181,29 +182,32 @@ def _ffn_bwd_input_kernel(
 
 # --- Launch ---------------------------------------------------------------------------
 
-# Not measured yet. Rows and pieces are the largest that compile without spills for 128 channels
-# on sm_80, sm_90 and sm_100 (`benchmarks/static_cost.py`).
-BLOCK_M, BLOCK_F = 128, 64
-BWD_M, WEIGHT_M = 64, 64
+# Not measured yet. Of tiles that compile without spills for sm_80, sm_90 and sm_100 those with the
+# fewest instructions a hidden element (`benchmarks/static_cost.py`).
+ROOMY = 160 * 1024  # bytes of shared memory that the larger tiles of a weight's gradient need
 
 
 def fwd_config(M: int, C: int, F: int) -> Config:
     """How `fwd` is launched on x (M, C) with F hidden channels."""
-    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_C": block(C, C * 2), "BLOCK_F": block(F, BLOCK_F)}
-    return Config((cdiv(M, BLOCK_M),), {"C": C, "F": F} | sizes, 8)
+    block_m, block_f = (128, 32) if C <= 64 else (64, 64)
+    sizes = {"BLOCK_M": block_m, "BLOCK_C": block(C, 2 * C), "BLOCK_F": block(F, block_f)}
+    return Config((cdiv(M, block_m),), {"C": C, "F": F} | sizes, 8)
 
 
 def bwd_input_config(M: int, C: int, F: int) -> Config:
     """How the gradient of x (M, C) is launched."""
-    sizes = {"BLOCK_M": BWD_M, "BLOCK_C": block(C, C * 2), "BLOCK_F": block(F, BLOCK_F)}
-    return Config((cdiv(M, BWD_M),), {"C": C, "F": F} | sizes, 8 if C > 64 else 4)
+    block_f, warps = (32, 4) if C <= 64 else (64, 8)
+    sizes = {"BLOCK_M": 64, "BLOCK_C": block(C, 2 * C), "BLOCK_F": block(F, block_f)}
+    return Config((cdiv(M, 64),), {"C": C, "F": F} | sizes, warps)
 
 
-def bwd_weight_config(M: int, C: int, F: int, multiprocessors: int) -> Config:
-    """How the gradients of the weights are launched; grid (pieces, splits)."""
-    sizes = {"BLOCK_M": WEIGHT_M, "BLOCK_C": block(C, C * 2), "BLOCK_F": block(F, BLOCK_F)}
+def bwd_weight_config(M: int, C: int, F: int, multiprocessors: int, shared: int) -> Config:
+    """How the gradients of the weights are launched, given bytes of shared memory; grid (pieces,
+    splits)."""
+    block_m, block_f = (64, 32) if C <= 64 else (64, 64) if shared >= ROOMY else (32, 32)
+    sizes = {"BLOCK_M": block_m, "BLOCK_C": block(C, 2 * C), "BLOCK_F": block(F, block_f)}
     pieces = cdiv(F, sizes["BLOCK_F"])
-    grid = (pieces, splits(M, WEIGHT_M, pieces, multiprocessors))
+    grid = (pieces, splits(M, block_m, pieces, multiprocessors))
     return Config(grid, {"C": C, "F": F} | sizes, 8)
 
 
@@ -218,9 +222,9 @@ def fwd(
     x, y = x.contiguous(), x.new_empty(M, C, dtype=x.dtype if residual else dtype)
     with _runtime.on_device(x):
         _ffn_fwd_kernel[grid](
-            x, w1, b1, w2, None if b2 is None else b2.contiguous(), *_mean_and_rstd(norm), scale,
-            y, M, rows_a_clip(scale, M),
-            **arguments, RESIDUAL=residual, PRECISION=precision(), num_warps=warps,
+            x, w1, b1, w2, None if b2 is None else b2.contiguous(), *(norm or (None,) * 2)[:2],
+            scale, y, M, rows_a_clip(scale, M),
+            **arguments, RESIDUAL=residual, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
     return y
@@ -233,11 +237,11 @@ def bwd(
 ) -> tuple[Tensor | None, Sums, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx (M, C) in x's dtype; gradients of w1 (F, C) and the norm, of b1, of w2 and of b2."""
     dy, x = dy.contiguous(), x.contiguous()
-    operands = (dy, x, *_operands(w1, b1, w2, norm, dtype), *_mean_and_rstd(norm))
+    operands: Any = (dy, x, *_operands(w1, b1, w2, norm, dtype), *(norm or (None,) * 2)[:2])
     none = x.new_empty(0, dtype=torch.float32)
-    G, dw2, db1, db2 = none, none, none, none
+    G, dw2, db1 = none, none, none
     if with_dw or norm is not None:
-        G, dw2, db1 = _bwd_weight(*operands, scale)
+        G, dw2, db1 = _bwd_weight(*operands, scale=scale)
     sums = Sums.of(G, db1, w1, norm)
     if not with_dx:
         rows = dy.float() if scale is None else dy.float().view(len(scale), -1) * scale[:, None]
@@ -249,7 +253,7 @@ def bwd(
     with _runtime.on_device(x):
         _ffn_bwd_input_kernel[grid](
             *operands, *through, scale, dx, partial, M, rows_a_clip(scale, M),
-            **arguments, RESIDUAL=residual, PRECISION=precision(), num_warps=warps,
+            **arguments, RESIDUAL=residual, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
     return dx, sums, db1, dw2, partial.sum(0)
@@ -264,22 +268,20 @@ def _operands(
     return w1.to(dtype).contiguous(), b1, w2.to(dtype).contiguous()
 
 
-def _mean_and_rstd(norm: Prologue | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if norm is None else (norm.mean, norm.rstd)
-
-
 def _bwd_weight(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, mean: Tensor | None,
     rstd: Tensor | None, scale: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (M, C), F = x.shape, len(w1)
-    grid, arguments, warps, stages = bwd_weight_config(M, C, F, _runtime.multiprocessors(x))
+    grid, arguments, warps, stages = bwd_weight_config(
+        M, C, F, _runtime.multiprocessors(x), _runtime.shared_memory(x) * 2 // w1.itemsize
+    )
     partial = [
         x.new_empty(grid[1], *shape, dtype=torch.float32) for shape in ((F, C), (C, F), (F,))
     ]
     with _runtime.on_device(x):
         _ffn_bwd_weight_kernel[grid](
             dy, x, w1, b1, w2, mean, rstd, scale, *partial, M, rows_a_clip(scale, M),
-            **arguments, PRECISION=precision(), num_warps=warps, num_stages=stages,
+            **arguments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return tuple(p.sum(0) for p in partial)

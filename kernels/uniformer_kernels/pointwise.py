@@ -26,16 +26,19 @@ from uniformer_kernels._chunked import (
     accumulate,
     chunks,
     compute_dtype,
+    fitted,
     per_row,
+    prepare,
     product,
+    serves,
     through_norm,
 )
 from uniformer_kernels._norm import Norm, Prologue, Sums, channel_stats
 from uniformer_kernels._operator import Operator
 
-__all__ = ["pointwise", "pointwise_ref"]
+__all__ = ["pointwise", "pointwise_ref", "pointwise_stats"]
 
-_runtime.register("pointwise", {"cuda": ("triton",), "cpu": ("chunked", "triton")})
+_runtime.register("pointwise", {"cuda": ("triton", "chunked"), "cpu": ("chunked", "triton")})
 
 
 # --- Reference ------------------------------------------------------------------------
@@ -55,7 +58,7 @@ def pointwise_ref(
     return y if residual is None else residual + y
 
 
-# --- On a CPU -------------------------------------------------------------------------
+# --- In chunks ------------------------------------------------------------------------
 
 
 def _fwd_chunked(
@@ -63,13 +66,13 @@ def _fwd_chunked(
     residual: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """x (M, K), weight (N, K), scale (B,), residual (M, N) -> y (M, N)."""
-    compute = compute_dtype(dtype)
+    compute = compute_dtype(x, dtype)
     y = x.new_empty(len(x), len(weight), dtype=dtype if residual is None else residual.dtype)
     weight, bias = (weight, bias) if norm is None else norm.fold(weight, bias)
     weight, scale = weight.to(compute).t(), per_row(scale, len(x))
     bias = None if bias is None else bias.to(compute)
     inputs = Normalised(norm, x, compute)
-    for rows in chunks(len(x), compute):
+    for rows in chunks(x, compute):
         if residual is None and scale is None and y.dtype == compute:
             product(inputs[rows], weight, bias, out=y[rows])
             continue
@@ -84,14 +87,14 @@ def _bwd_chunked(
     dtype: torch.dtype, group: str, with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor | None, Sums, Tensor]:  # fmt: skip
     """dx (M, K) in x's dtype, the gradients of the weight (N, K) and norm, and of the bias (N,)."""
-    compute = compute_dtype(dtype)
+    compute = compute_dtype(x, dtype)
     exact = torch.promote_types(torch.float32, compute)
     dx = x.new_empty(x.shape) if with_dx else None
     G, db = x.new_zeros(weight.shape, dtype=exact), x.new_zeros(len(weight), dtype=exact)
     scale = per_row(scale, len(x))
     cast = (weight if norm is None else weight * norm.gamma).to(compute)
     inputs = Normalised(norm, x, compute)
-    for rows in chunks(len(x), compute):
+    for rows in chunks(x, compute):
         d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(compute)
         if with_dw or norm is not None:
             accumulate(G, d.t(), inputs[rows])
@@ -117,11 +120,11 @@ def _fwd_kernel(
     residual = None if residual is None else residual.reshape(-1, len(weight))
     arguments = (rows, weight, bias, norm, scale, residual, dtype)
     with torch.autocast(x.device.type, enabled=False):
-        if _runtime.serving("pointwise", x.device) == "triton":
-            out, found = _triton().fwd(*arguments, with_stats)
-        else:
+        if serves("pointwise", x, dtype):
             out = _fwd_chunked(*arguments)
             found = channel_stats(out) if with_stats else None
+        else:
+            out, found = _triton().fwd(*arguments, with_stats)
     out = out.view(*x.shape[:-1], len(weight))
     return out, out.new_empty(0) if found is None else found
 
@@ -159,15 +162,10 @@ def _bwd_kernel(
     rows, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1)
     arguments = (dy.reshape(-1, len(weight)), rows, matrix, norm, scale, dtype, group)
     with torch.autocast(x.device.type, enabled=False):
-        if _runtime.serving("pointwise", x.device) == "triton":
-            dx, sums, db = _triton().bwd(*arguments, with_dx, with_dw)
-        else:
-            dx, sums, db = _bwd_chunked(*arguments, with_dx, with_dw)
+        run = _bwd_chunked if serves("pointwise", x, dtype) else _triton().bwd
+        dx, sums, db = run(*arguments, with_dx, with_dw)
     found = (dx, sums.weight, db, sums.gamma, sums.beta)
-    return tuple(
-        want if want.numel() == 0 else got.view(want.shape).to(want.dtype)
-        for want, got in zip(outputs, found, strict=True)
-    )
+    return fitted(found, outputs)
 
 
 def _bwd_fake(dy, x, weight, stats, gamma, beta, eps, group, scale, dtype, with_dx, with_dw):
@@ -245,8 +243,8 @@ def _bwd_flops(dy_shape, x_shape, weight_shape, *rest, **_):
 
 def pointwise(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None,
-    scale: Tensor | None = None, residual: Tensor | None = None, stats: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    scale: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Mix the channels of every token: residual + scale * (norm(x) @ weight.T + bias).
 
     Differentiable once, with respect to x, weight, bias, the norm's weight and bias, and the
@@ -257,35 +255,49 @@ def pointwise(
         x: (B, ..., K), fp32, fp16, bf16 or fp64.
         weight: (N, K), or (N, K, 1, 1, 1) as of an nn.Conv3d; of x's dtype, or fp32.
         bias: (N,), of the weight's dtype.
-        norm: BatchNorm of x in training mode; `Norm.stats` are x's, as `stats` returns them.
+        norm: BatchNorm of x in training mode; `Norm.stats` are x's, as `channel_stats`,
+            `dwconv3d_stats` and `pointwise_stats` give them.
         scale: (B,), factor on the result for each clip.
         residual: (B, ..., N), added last.
-        stats: also return mean and biased variance of the result's channels.
 
     Returns:
-        (B, ..., N) in the residual's dtype, else autocast's or x's; with `stats`, that and a (2, N)
-        tensor in fp32, which carries no gradient.
+        (B, ..., N), in the residual's dtype, else autocast's or x's.
 
     Raises:
-        ValueError: a shape or dtype is not as above, or statistics of nothing are asked for.
+        ValueError: a shape or dtype is not as above.
     """
-    _check(x, weight, bias, norm, scale, residual)
-    if stats and x.numel() == 0:
+    return _run(x, weight, bias, norm, scale, residual, False)[0]
+
+
+def pointwise_stats(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None,
+    scale: Tensor | None = None, residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`pointwise`, and what a BatchNorm after it needs to know, without a pass of its own.
+
+    Returns:
+        The result of `pointwise`, and (2, N): mean and biased variance of its channels, in fp32,
+        of fp64 in fp64. They carry no gradient.
+
+    Raises:
+        ValueError: as `pointwise`; or x has no elements.
+    """
+    if x.numel() == 0:
         raise ValueError(f"nothing has no statistics: x is {tuple(x.shape)}")
-    dtype, device = x.dtype, x.device.type
-    known = device in ("cpu", "cuda")
-    if known and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    reference = not known or _runtime.current_backend() == "reference" or x.numel() == 0
-    reference = reference or (dtype == torch.float64 and device == "cuda")
-    if reference or _runtime.under_torch_func("pointwise"):
+    return _run(x, weight, bias, norm, scale, residual, True)
+
+
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, scale: Tensor | None,
+    residual: Tensor | None, with_stats: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(x, weight, bias, norm, scale, residual)
+    dtype, plain = prepare("pointwise", x)
+    if plain:
         y = pointwise_ref(x, weight, bias, norm=norm, scale=scale, residual=residual)
-        return (y, channel_stats(y)) if stats else y
+        return y, channel_stats(y) if with_stats else y
     found, gamma, beta, eps, group = norm or (None, None, None, 0.0, "")
-    y, of_y = _fwd(
-        x, weight, bias, found, gamma, beta, eps, group, scale, residual, stats, dtype
-    )  # fmt: skip
-    return (y, of_y) if stats else y
+    return _fwd(x, weight, bias, found, gamma, beta, eps, group, scale, residual, with_stats, dtype)
 
 
 def _check(

@@ -24,7 +24,6 @@ from uniformer_kernels._tile import (
     Config,
     block,
     normalised,
-    precision,
     rows_a_clip,
     rows_of,
     splits,
@@ -43,7 +42,6 @@ def _pointwise_fwd_kernel(
     M, R,
     K: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Weight is (N, K). Stats, where there are some, is (tiles of rows, 3, N), as in dwconv3d."""
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -58,9 +56,11 @@ def _pointwise_fwd_kernel(
         if Mean is not None:
             x = normalised(x, Mean, Rstd, k, K)
         weight = tl.load(
-            Weight + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0
+            Weight + n[None, :] * K + k[:, None],
+            mask=(n < N)[None, :] & (k < K)[:, None],
+            other=0.0,
         )  # (BLOCK_K, BLOCK_N)
-        acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision="ieee")
 
     inside = (m < M)[:, None] & (n < N)[None, :]
     if Bias is not None:
@@ -88,7 +88,7 @@ def _pointwise_bwd_weight_kernel(
     M, R,
     K: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Partial is (splits, N, K), PartialBias (splits, N); program_id(1) is the split."""
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -106,7 +106,7 @@ def _pointwise_bwd_weight_kernel(
         x = rows_of(X, m, M, k, K)
         if Mean is not None:
             x = normalised(x, Mean, Rstd, k, K)
-        acc = tl.dot(tl.trans(dy.to(DTYPE)), x.to(DTYPE), acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(dy.to(DTYPE)), x.to(DTYPE), acc, input_precision="ieee")
         db += dy
 
     at = Partial + split.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
@@ -121,7 +121,6 @@ def _pointwise_bwd_input_kernel(
     M, R,
     K: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     m = tl.program_id(0) // tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -132,9 +131,11 @@ def _pointwise_bwd_input_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         dy = rows_of(DY, m, M, n, N)
         weight = tl.load(
-            Weight + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0
+            Weight + n[:, None] * K + k[None, :],
+            mask=(n < N)[:, None] & (k < K)[None, :],
+            other=0.0,
         )  # (BLOCK_N, BLOCK_K)
-        acc = tl.dot(dy.to(weight.dtype), weight, acc, input_precision=PRECISION)
+        acc = tl.dot(dy.to(weight.dtype), weight, acc, input_precision="ieee")
 
     if Scale is not None:
         acc *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
@@ -146,23 +147,27 @@ def _pointwise_bwd_input_kernel(
 
 # --- Launch ---------------------------------------------------------------------------
 
-# Not measured yet: 128 rows fill the 64 x 8 tiles of the tensor cores of two warp groups.
-BLOCK_M, EDGE = 128, 128
+# Not measured yet. Of tiles that compile without spills for sm_80, sm_90 and sm_100 those with the
+# fewest instructions a product (`benchmarks/static_cost.py`).
+BLOCK_M = 128
+EDGE = 128  # of a tile along channels: up to that x is read once
 WEIGHT_M, WEIGHT_EDGE = 64, 64  # 64 x 64 sums of a weight's gradient are 32 registers a lane
 
 
 def fwd_config(M: int, K: int, N: int) -> Config:
     """How `fwd` is launched on x (M, K) and weight (N, K)."""
-    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": block(N, EDGE), "BLOCK_K": block(K, 64)}
-    grid = (cdiv(M, BLOCK_M) * cdiv(N, sizes["BLOCK_N"]),)
-    return Config(grid, {"K": K, "N": N} | sizes, 8 if sizes["BLOCK_N"] > 64 else 4)
+    block_n = block(N, EDGE)
+    warps, block_k = (4, block(K, 64)) if block_n <= 64 else (8, block(K, 32))
+    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return Config((cdiv(M, BLOCK_M) * cdiv(N, block_n),), {"K": K, "N": N} | sizes, warps)
 
 
 def bwd_input_config(M: int, K: int, N: int) -> Config:
     """How the gradient of x (M, K) is launched."""
-    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": block(N, 64), "BLOCK_K": block(K, EDGE)}
-    grid = (cdiv(M, BLOCK_M) * cdiv(K, sizes["BLOCK_K"]),)
-    return Config(grid, {"K": K, "N": N} | sizes, 8 if sizes["BLOCK_K"] > 64 else 4)
+    block_k = block(K, EDGE)
+    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": block(N, 64), "BLOCK_K": block_k}
+    grid = (cdiv(M, BLOCK_M) * cdiv(K, block_k),)
+    return Config(grid, {"K": K, "N": N} | sizes, 4 if block_k <= 64 else 8)
 
 
 def bwd_weight_config(M: int, K: int, N: int, multiprocessors: int) -> Config:
@@ -190,9 +195,9 @@ def fwd(
     stats = x.new_empty(tiles, 3, N, dtype=torch.float32) if with_stats else None
     with _runtime.on_device(x):
         _pointwise_fwd_kernel[grid](
-            x, weight, bias, *((None, None) if norm is None else norm[:2]), scale, residual, y, stats,
+            x, weight, bias, *(norm or (None,) * 2)[:2], scale, residual, y, stats,
             M, rows_a_clip(scale, M),
-            **arguments, PRECISION=precision(), num_warps=warps, num_stages=stages,
+            **arguments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return y, None if stats is None else merge_stats(stats)
 
@@ -219,7 +224,7 @@ def bwd(
         _pointwise_bwd_input_kernel[grid](
             dy, weight.to(dtype).contiguous(), *through, scale, dx,
             M, rows_a_clip(scale, M),
-            **arguments, PRECISION=precision(), num_warps=warps, num_stages=stages,
+            **arguments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return dx, sums, db
 
@@ -233,8 +238,9 @@ def _bwd_weight(
     partial_bias = x.new_empty(grid[1], N, dtype=torch.float32)
     with _runtime.on_device(x):
         _pointwise_bwd_weight_kernel[grid](
-            dy, x, *((None, None) if norm is None else norm[:2]), scale, partial, partial_bias,
+            dy, x, *(norm or (None,) * 2)[:2], scale, partial, partial_bias,
             M, rows_a_clip(scale, M),
-            **arguments, DTYPE=DTYPES[dtype], PRECISION=precision(), num_warps=warps, num_stages=stages,
+            **arguments, DTYPE=DTYPES[dtype],
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return partial.sum(0), partial_bias.sum(0)
