@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.check import assert_matches
-from uniformer_kernels import _runtime, backend, dwconv3d
-from uniformer_kernels.dwconv3d import _bwd, _fwd, dwconv3d_ref
+from uniformer_kernels import _runtime, backend, dwconv3d, dwconv3d_stats
+from uniformer_kernels.dwconv3d import _bwd, _fwd, _stats, dwconv3d_ref
 
 GPU = torch.cuda.is_available()
 BACKENDS = ["reference", "triton", "cuda"] if GPU else ["reference", "native", "triton"]
@@ -154,14 +154,30 @@ def test_what_is_no_number_spreads_as_far_as_its_tube(bad, device, chosen):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_statistics_of_the_output_come_with_it(dtype, device):
+def test_statistics_of_the_output_come_with_it(dtype, device, chosen):
     """As stored: of the rounded values, which are what the BatchNorm after it reads."""
-    triton = pytest.importorskip("uniformer_kernels.dwconv3d_triton")
     x, weight, bias = inputs((2, 3, 5, 9, 72), (3, 3, 3), device, dtype)
-    y, stats = triton.fwd_with_stats(x, weight, bias, True)
-    assert torch.equal(y, triton.fwd(x, weight, bias, True))
-    want = torch.stack([y.double().sum((0, 1, 2, 3)), y.double().square().sum((0, 1, 2, 3))])
-    torch.testing.assert_close(stats.double(), want, rtol=1e-5, atol=1e-3)
+    y, stats = dwconv3d_stats(x, weight, bias, residual=True)
+    assert torch.equal(y, dwconv3d(x, weight, bias, residual=True))
+    var, mean = torch.var_mean(y.double(), (0, 1, 2, 3), correction=0)
+    torch.testing.assert_close(stats.double(), torch.stack([mean, var]), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="nothing"):
+        dwconv3d_stats(x[:0], weight, bias)
+
+
+def test_statistics_survive_a_large_mean(device, chosen):
+    """Variance 1e-4 beside a mean of 1,000: a difference of squares would leave nothing of it."""
+    x, weight, _ = inputs((2, 3, 5, 9, 24), (3, 3, 3), device)
+    y, stats = dwconv3d_stats(1000 + 0.01 * x, weight * 0, residual=True)
+    var, mean = torch.var_mean(y.double(), (0, 1, 2, 3), correction=0)
+    torch.testing.assert_close(stats[0].double(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats[1].double(), var, rtol=1e-2, atol=0)  # the mean is fp32
+
+
+def test_gradients_with_statistics_are_those_without(device, chosen):
+    tensors = inputs((2, 2, 4, 5, 8), (3, 3, 3), device)
+    assert_matches(lambda *t: dwconv3d_stats(*t)[0], dwconv3d_ref, tensors)
+    torch.library.opcheck(_stats.op, (*[t.requires_grad_() for t in tensors], True))
 
 
 # --- Memory ---------------------------------------------------------------------------
@@ -241,11 +257,11 @@ def test_only_wanted_gradients_are_computed(device, fast):
 def test_ops_are_well_formed(device, chosen):
     x, weight, bias = inputs((1, 2, 3, 4, 8), (3, 3, 3), device)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    torch.library.opcheck(_fwd, (*leaves, True))
-    torch.library.opcheck(_fwd, (x, weight, None, False))
+    torch.library.opcheck(_fwd.op, (*leaves, True))
+    torch.library.opcheck(_fwd.op, (x, weight, None, False))
     dy = torch.randn_like(x)
     for wanted in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(_bwd, (dy.requires_grad_(), x, weight, True, *wanted))
+        torch.library.opcheck(_bwd.op, (dy.requires_grad_(), x, weight, True, *wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -17,8 +17,8 @@ from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Prologue, Sums
 
 __all__ = [
-    "Normalised", "accumulate", "chunks", "compute_dtype", "fitted", "per_row", "prepare", "product",
-    "serves", "through_norm",
+    "Normalised", "accumulate", "chunks", "compute_dtype", "fitted", "per_row", "prepare",
+    "product", "serves", "through_norm",
 ]  # fmt: skip
 
 ROWS = {2: 4096, 4: 1024, 8: 512}  # by bytes an element; 16-bit products want more to start well

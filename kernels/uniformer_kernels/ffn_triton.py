@@ -241,7 +241,7 @@ def bwd(
     none = x.new_empty(0, dtype=torch.float32)
     G, dw2, db1 = none, none, none
     if with_dw or norm is not None:
-        G, dw2, db1 = _bwd_weight(*operands, scale=scale)
+        G, dw2, db1 = _bwd_weight((*operands, scale))
     sums = Sums.of(G, db1, w1, norm)
     if not with_dx:
         rows = dy.float() if scale is None else dy.float().view(len(scale), -1) * scale[:, None]
@@ -268,10 +268,8 @@ def _operands(
     return w1.to(dtype).contiguous(), b1, w2.to(dtype).contiguous()
 
 
-def _bwd_weight(
-    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, mean: Tensor | None,
-    rstd: Tensor | None, scale: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _bwd_weight(operands: tuple) -> tuple[Tensor, ...]:
+    _, x, w1, *_, scale = operands
     (M, C), F = x.shape, len(w1)
     grid, arguments, warps, stages = bwd_weight_config(
         M, C, F, _runtime.multiprocessors(x), _runtime.shared_memory(x) * 2 // w1.itemsize
@@ -281,7 +279,7 @@ def _bwd_weight(
     ]
     with _runtime.on_device(x):
         _ffn_bwd_weight_kernel[grid](
-            dy, x, w1, b1, w2, mean, rstd, scale, *partial, M, rows_a_clip(scale, M),
+            *operands, *partial, M, rows_a_clip(scale, M),
             **arguments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return tuple(p.sum(0) for p in partial)

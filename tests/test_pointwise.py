@@ -1,0 +1,239 @@
+"""The products around the local affinity: norm, drop path, residual and statistics within."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.check import assert_matches
+from uniformer_kernels import Norm, backend, channel_stats, pointwise, pointwise_stats
+from uniformer_kernels.pointwise import _bwd, _fwd, pointwise_ref
+
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(params=["auto", "triton"])
+def chosen(request):
+    with backend(request.param):
+        yield request.param
+
+
+def inputs(shape, N, device, dtype=torch.float32, weight_dtype=None):
+    """x, weight, bias, gamma, beta, residual."""
+    K, weight_dtype = shape[-1], weight_dtype or dtype
+    like = {"device": device, "dtype": weight_dtype}
+    return [
+        torch.randn(shape, device=device, dtype=dtype),
+        torch.randn(N, K, **like) / K**0.5,
+        torch.randn(N, **like),
+        torch.randn(K, **like),
+        torch.randn(K, **like),
+        torch.randn(*shape[:-1], N, device=device, dtype=dtype),
+    ]
+
+
+def drop(x):
+    """Drop path: some clips dropped, the others scaled."""
+    return torch.tensor([0.0, 1.25, 1.25], device=x.device)[: len(x)]
+
+
+def everything(op):
+    """`op` with all that may surround the product."""
+
+    def run(x, weight, bias, gamma, beta, residual):
+        norm = Norm(channel_stats(x), gamma, beta)
+        return op(x, weight, bias, norm=norm, scale=drop(x), residual=residual)
+
+    return run
+
+
+# --- Numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "N"), [
+    ((3, 2, 5, 7, 24), 40),  # no size a multiple of a tile
+    ((2, 1, 3, 3, 72), 130),  # channels past one tile, in and out
+    ((3, 2, 10, 10, 16), 16),  # rows past one tile
+], ids=str)  # fmt: skip
+def test_matches_batch_norm_and_linear(shape, N, device, chosen):
+    assert_matches(everything(pointwise), everything(pointwise_ref), inputs(shape, N, device))
+
+
+@pytest.mark.parametrize(("shape", "N"), [
+    ((3, 2, 5, 7, 24), 40),
+    ((2, 1, 1, 1, 1), 1),  # a channel
+    ((2, 3), 5),  # no axes in between
+], ids=str)  # fmt: skip
+def test_matches_a_linear(shape, N, device, chosen):
+    bare = inputs(shape, N, device)[:3]
+    assert_matches(pointwise, pointwise_ref, bare)
+    assert_matches(lambda x, w: pointwise(x, w), lambda x, w: pointwise_ref(x, w), bare[:2])
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits(dtype, weight_dtype, device, chosen):
+    if chosen == "triton" and not GPU and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter gets bf16 casts wrong")
+    tensors = inputs((3, 2, 5, 7, 24), 40, device, dtype, weight_dtype)
+    assert_matches(everything(pointwise), everything(pointwise_ref), tensors)
+
+
+def test_many_rows_go_in_chunks(device):
+    """More than a chunk, and a last one that is not full."""
+    tensors = inputs((3, 1, 25, 40, 8), 8, device)
+    assert_matches(everything(pointwise), everything(pointwise_ref), tensors)
+
+
+def test_under_autocast_only_the_product_is_rounded(device):
+    """As in the official code: BatchNorm in fp32, and a residual stream that stays so."""
+    x, weight, bias, gamma, beta, residual = inputs((3, 2, 5, 7, 24), 24, device)
+    norm = Norm(channel_stats(x), gamma, beta)
+    with torch.autocast(device, torch.bfloat16):
+        assert pointwise(x, weight, bias, norm=norm).dtype == torch.bfloat16
+        y = pointwise(x, weight, bias, norm=norm, residual=residual)
+    assert y.dtype == torch.float32
+    want = pointwise_ref(x, weight, bias, norm=norm)
+    error = ((y - residual) - want).abs().max() / want.abs().max()
+    assert 1e-5 < error < 2e-2  # the product's, not the residual's
+    assert torch.equal(pointwise(x, weight * 0, norm=norm, residual=residual), residual)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_statistics_survive_a_large_mean(mean, device, chosen):
+    """Variance 1e-4 beside a mean of 1,000: a difference of squares would leave nothing of it."""
+    x = torch.zeros(2, 1, 20, 20, 8, device=device)
+    residual = mean + 1e-2 * torch.randn(2, 1, 20, 20, 24, device=device)
+    y, stats = pointwise_stats(x, torch.zeros(24, 8, device=device), residual=residual)
+    assert torch.equal(y, residual)
+    var, of_y = torch.var_mean(y.double(), (0, 1, 2, 3), correction=0)
+    torch.testing.assert_close(stats[0].double(), of_y, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stats[1].double(), var, rtol=1e-2, atol=0)  # the mean is fp32
+
+
+def test_a_large_mean_costs_no_more_than_in_plain_pytorch(device, chosen):
+    tensors = inputs((3, 2, 5, 7, 24), 40, device)
+    tensors[0] = 100 + 0.1 * tensors[0]
+    assert_matches(everything(pointwise), everything(pointwise_ref), tensors)
+
+
+# --- Gradients ------------------------------------------------------------------------
+
+
+def test_only_what_is_wanted_is_computed(device):
+    x, weight, bias, *_ = inputs((2, 1, 4, 4, 8), 8, device)
+    products = 2 * x.numel() * 8
+    for leaf, count in ((x, products), (weight, products), (bias, products)):
+        leaf.requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            pointwise(x, weight, bias).sum().backward()
+        leaf.requires_grad_(False)
+        assert counter.get_total_flops() == products + count
+        assert leaf.grad.shape == leaf.shape
+    residual = torch.zeros_like(x).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        pointwise(x, weight, bias, residual=residual).sum().backward()
+    assert counter.get_total_flops() == products
+    assert torch.equal(residual.grad, torch.ones_like(x))
+
+
+def test_expanded_and_sliced_tensors(device, chosen):
+    """A sum's gradient has strides of 0; views come in from everywhere."""
+    x, weight, bias, *_ = inputs((2, 2, 4, 6, 16), 8, device)
+    weight.requires_grad_()
+    views = [x[:, :, :, ::2], x.transpose(1, 2), x[..., 4:12], x[:1].expand(3, -1, -1, -1, -1)]
+    for view in views:
+        matrix = weight[:, : view.shape[-1]]
+        y = pointwise(view, matrix, bias)
+        torch.testing.assert_close(y, pointwise_ref(view, matrix, bias), rtol=1e-5, atol=1e-5)
+        (got,) = torch.autograd.grad(y.sum(), weight)
+        (want,) = torch.autograd.grad(pointwise_ref(view, matrix, bias).sum(), weight)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_twice_gives_the_same_bits(device, chosen):
+    def run():
+        torch.manual_seed(0)
+        leaves = [t.requires_grad_() for t in inputs((3, 2, 5, 7, 24), 40, device)]
+        y = everything(pointwise)(*leaves)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_gradients_of_gradients_raise(device):
+    x, weight, bias, *_ = inputs((2, 1, 2, 2, 8), 8, device)
+    (grad,) = torch.autograd.grad(
+        pointwise(x.requires_grad_(), weight, bias).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_batched_gradients_and_the_transforms_run(device):
+    x, weight, bias, *_ = inputs((2, 1, 2, 2, 8), 8, device)
+    y = pointwise(x.requires_grad_(), weight, bias)
+    dys = torch.randn(3, *y.shape, device=device)
+    (got,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    want = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys]
+    torch.testing.assert_close(got, torch.stack(want))
+    mapped = torch.func.vmap(pointwise, (0, None, None))(x.detach(), weight, bias)
+    torch.testing.assert_close(mapped, y.detach())
+
+
+# --- Compilers ------------------------------------------------------------------------
+
+
+def test_opcheck(device):
+    x, weight, bias, gamma, beta, residual = inputs((2, 2, 3, 5, 8), 6, device)
+    stats, scale, dtype = channel_stats(x), drop(x), torch.float32
+    leaves = [t.requires_grad_() for t in (x, weight, bias, gamma, beta, residual)]
+    x, weight, bias, gamma, beta, residual = leaves
+    norm = (stats, gamma, beta, 1e-5, "")
+    torch.library.opcheck(_fwd.op, (x, weight, bias, *norm, scale, residual, True, dtype))
+    none = (None, None, None, 0.0, "")
+    torch.library.opcheck(_fwd.op, (x, weight, None, *none, None, None, False, dtype))
+    dy = torch.randn(2, 2, 3, 5, 6, device=device)
+    plain = [t.detach() for t in (x, weight)]
+    for wanted in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(_bwd.op, (dy, *plain, *none, scale, dtype, *wanted))
+
+
+def test_compiles_without_graph_breaks(device):
+    op = everything(pointwise)
+    leaves = [t.requires_grad_() for t in inputs((3, 2, 3, 5, 8), 6, device)]
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves), op(*leaves))
+    got = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+    want = torch.autograd.grad(op(*leaves).square().sum(), leaves)
+    torch.testing.assert_close(got, want)
+
+
+# --- What comes in --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("change", "complaint"), [
+    ({"x": torch.zeros(8)}, "x must be"),
+    ({"weight": torch.zeros(4, 7)}, "weight must be"),
+    ({"weight": torch.zeros(4, 8, 3, 3, 3)}, "weight must be"),
+    ({"weight": torch.zeros(4, 8, dtype=torch.float64)}, "dtype"),
+    ({"x": torch.zeros(2, 3, 8, dtype=torch.int32)}, "fp32, fp16"),
+    ({"bias": torch.zeros(8)}, "bias must be"),
+    ({"scale": torch.zeros(3)}, "scale must be"),
+    ({"residual": torch.zeros(2, 3, 8)}, "residual must be"),
+    ({"norm": Norm(torch.zeros(2, 4))}, "norm.stats must be"),
+    ({"norm": Norm(torch.zeros(2, 8), torch.zeros(4))}, "norm.weight must be"),
+], ids=str)  # fmt: skip
+def test_bad_input_is_refused(change, complaint):
+    good = {"x": torch.zeros(2, 3, 8), "weight": torch.zeros(4, 8)}
+    with pytest.raises(ValueError, match=complaint):
+        pointwise(**(good | change))
+
+
+def test_nothing_comes_out_of_nothing():
+    x, weight = torch.zeros(0, 3, 8, requires_grad=True), torch.zeros(4, 8)
+    y = pointwise(x, weight)
+    assert y.shape == (0, 3, 4)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    with pytest.raises(ValueError, match="nothing"):
+        pointwise_stats(x, weight)
