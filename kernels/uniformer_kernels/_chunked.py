@@ -17,7 +17,7 @@ from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Prologue, Sums
 
 __all__ = [
-    "Normalised", "accumulate", "chunks", "compute_dtype", "fitted", "per_row", "prepare",
+    "Chunks", "accumulate", "compute_dtype", "finish", "fitted", "per_row", "prepare",
     "product", "serves", "through_norm",
 ]  # fmt: skip
 
@@ -51,12 +51,6 @@ def serves(op: str, x: Tensor, dtype: torch.dtype) -> bool:
     return False
 
 
-def chunks(x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of x's rows."""
-    rows, step = len(x), GPU_ROWS if x.is_cuda else ROWS[dtype.itemsize]
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
-
-
 def per_row(scale: Tensor | None, rows: int) -> Tensor | None:
     """A number for each clip (B,) -> for each row (M, 1)."""
     if scale is None:
@@ -64,8 +58,9 @@ def per_row(scale: Tensor | None, rows: int) -> Tensor | None:
     return scale.repeat_interleave(rows // len(scale)).unsqueeze(1)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x (M, K) times weight (K, N), plus bias (N,)."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """x (M, K) times weight (K, N), plus bias (N,), in the first rows of `buffer`."""
+    out = buffer[: len(x)]
     if bias is None:
         return torch.mm(x, weight, out=out)
     return torch.addmm(bias, x, weight, out=out)
@@ -79,25 +74,62 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-class Normalised:
-    """Rows of x in `dtype`: xhat, or x itself where there is no norm."""
+class Chunks:
+    """Rows of x in `dtype`, some at a time: xhat, or x itself where there is no norm.
+
+    Iterating gives (rows, their xhat). All chunks share the memory of the first, and so do the
+    intermediate results for which `buffer` lays it out: none is fetched from the system again.
+    """
 
     def __init__(self, norm: Prologue | None, x: Tensor, dtype: torch.dtype) -> None:
         self.norm, self.x, self.dtype = norm, x, dtype
-        self.shift = x.new_empty(0) if norm is None else -norm.mean * norm.rstd
+        self.step = min(len(x), GPU_ROWS if x.is_cuda else ROWS[dtype.itemsize])
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        x = self.x[rows]
-        if self.norm is not None:  # one multiplication and one addition
-            x = torch.addcmul(self.shift, x, self.norm.rstd)
-        return x.to(self.dtype)
+    def buffer(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """For a chunk's rows of `width` elements."""
+        return self.x.new_empty(self.step, width, dtype=dtype or self.dtype)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        norm, x, width = self.norm, self.x, self.x.shape[1]
+        wide = cast = shift = x
+        if norm is not None:
+            wide, shift = self.buffer(width, norm.rstd.dtype), -norm.mean * norm.rstd
+        if wide.dtype != self.dtype:
+            cast = self.buffer(width)
+        for first in range(0, len(x), self.step):
+            rows = slice(first, min(first + self.step, len(x)))
+            part = x[rows]
+            if norm is not None:  # one multiplication and one addition
+                part = torch.addcmul(shift, part, norm.rstd, out=wide[: len(part)])
+            if part.dtype != self.dtype:
+                part = cast[: len(part)].copy_(part)
+            yield rows, part
+
+
+def finish(
+    out: Tensor, y: Tensor, residual: Tensor | None = None, scale: Tensor | None = None,
+    rows: slice | None = None,
+) -> None:  # fmt: skip
+    """y = residual + scale * out, where `out` may be y itself; `scale` is of all rows."""
+    if scale is not None:
+        out = out.mul_(scale[rows])
+    if residual is not None:
+        torch.add(residual, out, out=y)
+    elif out.data_ptr() != y.data_ptr():
+        y.copy_(out)
 
 
 def through_norm(g: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str) -> None:
     """g (M, C), the gradient of xhat, becomes that of x."""
     shift, slope = sums.through(norm, len(x), group)
-    for rows in chunks(x, x.dtype):
-        g[rows] = (g[rows] - shift).mul_(norm.rstd).addcmul_(x[rows] - norm.mean, slope)
+    chunks = Chunks(None, x, x.dtype)
+    buffer = chunks.buffer(x.shape[1], norm.mean.dtype)
+    for rows, part in chunks:
+        d = torch.sub(part, norm.mean, out=buffer[: len(part)])
+        if g.dtype == d.dtype:
+            g[rows].sub_(shift).mul_(norm.rstd).addcmul_(d, slope)
+        else:
+            g[rows] = (g[rows] - shift) * norm.rstd + d * slope
 
 
 def fitted(found: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Any:

@@ -22,10 +22,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from uniformer_kernels import _runtime
 from uniformer_kernels._chunked import (
-    Normalised,
+    Chunks,
     accumulate,
-    chunks,
     compute_dtype,
+    finish,
     fitted,
     per_row,
     prepare,
@@ -71,17 +71,17 @@ def _fwd_chunked(
     norm: Prologue | None, scale: Tensor | None, residual: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """x (M, C), w1 (F, C), w2 (C, F), scale (B,) -> y (M, C)."""
-    compute = compute_dtype(x, dtype)
+    chunks = Chunks(norm, x, compute_dtype(x, dtype))
     y = x.new_empty(len(x), len(w2), dtype=x.dtype if residual else dtype)
     w1, b1 = (w1, b1) if norm is None else norm.fold(w1, b1)
-    w1, w2 = w1.to(compute).t(), w2.to(compute).t()
-    b1, b2 = (None if b is None else b.to(compute) for b in (b1, b2))
-    inputs, scale = Normalised(norm, x, compute), per_row(scale, len(x))
-    for rows in chunks(x, compute):
-        hidden = torch.ops.aten.gelu_(product(inputs[rows], w1, b1))
-        out = product(hidden, w2, b2)
-        out = out if scale is None else out * scale[rows]
-        y[rows] = x[rows] + out if residual else out
+    w1, w2 = w1.to(chunks.dtype).t(), w2.to(chunks.dtype).t()
+    b1, b2 = (None if b is None else b.to(chunks.dtype) for b in (b1, b2))
+    scale, direct = per_row(scale, len(x)), y.dtype == chunks.dtype
+    hidden, buffer = chunks.buffer(w1.shape[1]), y if direct else chunks.buffer(y.shape[1])
+    for rows, xhat in chunks:
+        a = torch.ops.aten.gelu_(product(xhat, w1, b1, hidden))
+        out = product(a, w2, b2, y[rows] if direct else buffer)
+        finish(out, y[rows], x[rows] if residual else None, scale, rows)
     return y
 
 
@@ -91,19 +91,20 @@ def _bwd_chunked(
     with_dw: bool,
 ) -> tuple[Tensor | None, Sums, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx (M, C) in x's dtype; gradients of w1 (F, C) and the norm, of b1, of w2 and of b2."""
-    compute = compute_dtype(x, dtype)
-    exact = torch.promote_types(torch.float32, compute)
+    chunks = Chunks(norm, x, compute_dtype(x, dtype))
+    exact = torch.promote_types(torch.float32, chunks.dtype)
     dx = x.new_empty(x.shape) if with_dx else None
     G, db1 = x.new_zeros(w1.shape, dtype=exact), x.new_zeros(len(w1), dtype=exact)
     dw2, db2 = x.new_zeros(w2.shape, dtype=exact), x.new_zeros(len(w2), dtype=exact)
     c1, bias = (w1, b1) if norm is None else norm.fold(w1, b1)
-    c1, c2, bias = c1.to(compute), w2.to(compute), None if bias is None else bias.to(compute)
-    inputs, scale = Normalised(norm, x, compute), per_row(scale, len(x))
-    for rows in chunks(x, compute):
-        d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(compute)
-        xhat = inputs[rows]
-        h = product(xhat, c1.t(), bias)
-        dh = torch.ops.aten.gelu_backward(d @ c2, h)
+    c1, c2 = c1.to(chunks.dtype), w2.to(chunks.dtype)
+    bias, scale = None if bias is None else bias.to(chunks.dtype), per_row(scale, len(x))
+    hidden, slope, buffer = (chunks.buffer(width) for width in (len(w1), len(w1), x.shape[1]))
+    for rows, xhat in chunks:
+        d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(chunks.dtype)
+        h = product(xhat, c1.t(), bias, hidden)
+        dh = product(d, c2, None, slope)
+        torch.ops.aten.gelu_backward.grad_input(dh, h, grad_input=dh)
         if with_dw or norm is not None:
             accumulate(G, dh.t(), xhat)
             db1 += dh.sum(0, dtype=exact)
@@ -111,7 +112,7 @@ def _bwd_chunked(
             accumulate(dw2, d.t(), torch.ops.aten.gelu_(h))
             db2 += d.sum(0, dtype=exact)
         if dx is not None:
-            dx[rows] = dh @ c1
+            finish(product(dh, c1, None, dx[rows] if dx.dtype == d.dtype else buffer), dx[rows])
     sums = Sums.of(G, db1, w1, norm)
     if dx is not None and norm is not None:
         through_norm(dx, x, norm, sums, group)

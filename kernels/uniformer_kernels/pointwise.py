@@ -22,10 +22,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from uniformer_kernels import _runtime
 from uniformer_kernels._chunked import (
-    Normalised,
+    Chunks,
     accumulate,
-    chunks,
     compute_dtype,
+    finish,
     fitted,
     per_row,
     prepare,
@@ -66,19 +66,16 @@ def _fwd_chunked(
     residual: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """x (M, K), weight (N, K), scale (B,), residual (M, N) -> y (M, N)."""
-    compute = compute_dtype(x, dtype)
+    chunks = Chunks(norm, x, compute_dtype(x, dtype))
     y = x.new_empty(len(x), len(weight), dtype=dtype if residual is None else residual.dtype)
     weight, bias = (weight, bias) if norm is None else norm.fold(weight, bias)
-    weight, scale = weight.to(compute).t(), per_row(scale, len(x))
-    bias = None if bias is None else bias.to(compute)
-    inputs = Normalised(norm, x, compute)
-    for rows in chunks(x, compute):
-        if residual is None and scale is None and y.dtype == compute:
-            product(inputs[rows], weight, bias, out=y[rows])
-            continue
-        out = product(inputs[rows], weight, bias)
-        out = out if scale is None else out * scale[rows]
-        y[rows] = out if residual is None else residual[rows] + out
+    weight, scale = weight.to(chunks.dtype).t(), per_row(scale, len(x))
+    bias = None if bias is None else bias.to(chunks.dtype)
+    direct = y.dtype == chunks.dtype
+    buffer = y if direct else chunks.buffer(y.shape[1])
+    for rows, xhat in chunks:
+        out = product(xhat, weight, bias, y[rows] if direct else buffer)
+        finish(out, y[rows], None if residual is None else residual[rows], scale, rows)
     return y
 
 
@@ -87,20 +84,19 @@ def _bwd_chunked(
     dtype: torch.dtype, group: str, with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor | None, Sums, Tensor]:  # fmt: skip
     """dx (M, K) in x's dtype, the gradients of the weight (N, K) and norm, and of the bias (N,)."""
-    compute = compute_dtype(x, dtype)
-    exact = torch.promote_types(torch.float32, compute)
+    chunks = Chunks(norm, x, compute_dtype(x, dtype))
+    exact = torch.promote_types(torch.float32, chunks.dtype)
     dx = x.new_empty(x.shape) if with_dx else None
     G, db = x.new_zeros(weight.shape, dtype=exact), x.new_zeros(len(weight), dtype=exact)
-    scale = per_row(scale, len(x))
-    cast = (weight if norm is None else weight * norm.gamma).to(compute)
-    inputs = Normalised(norm, x, compute)
-    for rows in chunks(x, compute):
-        d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(compute)
+    cast = (weight if norm is None else weight * norm.gamma).to(chunks.dtype)
+    buffer, scale = chunks.buffer(x.shape[1]), per_row(scale, len(x))
+    for rows, xhat in chunks:
+        d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(chunks.dtype)
         if with_dw or norm is not None:
-            accumulate(G, d.t(), inputs[rows])
+            accumulate(G, d.t(), xhat)
             db += d.sum(0, dtype=exact)
         if dx is not None:
-            dx[rows] = d @ cast
+            finish(product(d, cast, None, dx[rows] if dx.dtype == d.dtype else buffer), dx[rows])
     sums = Sums.of(G, db, weight, norm)
     if dx is not None and norm is not None:
         through_norm(dx, x, norm, sums, group)
