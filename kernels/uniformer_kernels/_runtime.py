@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from uniformer_kernels import _native
 
 __all__ = [
     "BACKENDS", "announce", "backend", "check_dtypes", "check_shapes", "current_backend",
-    "functorch_is_active", "interpreting", "multiprocessors", "native_library", "on_device",
-    "parallel_for", "register", "report",
+    "functorch_is_active", "int64s", "interpreting", "library", "multiprocessors",
+    "native_library", "on_device", "parallel_for", "pointer", "register", "report",
     "serving", "shared_memory", "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
 
@@ -304,6 +304,28 @@ def native_library(name: str) -> tuple[ctypes.CDLL | None, str | None]:
         return library, None
     except (RuntimeError, OSError, AttributeError) as error:  # no home folder is a RuntimeError
         return None, str(error)
+
+
+def library(name: str) -> ctypes.CDLL:
+    """The library "native" or "cuda".
+
+    Raises:
+        RuntimeError: there is none here; the text says why.
+    """
+    found, why = native_library(name)
+    if found is None:
+        raise RuntimeError(f"backend {name!r} cannot run here: {why}")
+    return found
+
+
+def pointer(t: torch.Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's elements begin, as C takes it."""
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def int64s(values: Sequence[int]) -> ctypes.Array:
+    """Sizes or strides, as C takes them."""
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 @cache

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from uniformer_kernels import _runtime
+from uniformer_kernels._runtime import int64s, library, pointer
 
 __all__ = [
     "DTYPES",
@@ -26,21 +27,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the C
 VECTOR = 16  # bytes that the CUDA kernels load at a time
 
 
-def _library(name: str) -> ctypes.CDLL:
-    library, why = _runtime.native_library(name)
-    if library is None:
-        raise RuntimeError(f"backend {name!r} cannot run here: {why}")
-    return library
-
-
-def _pointer(t: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-
-def _int64s(values: Sequence[int]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(values))(*values)
-
-
 def wins_cpu(x: Tensor, kernel: Sequence[int], residual: bool) -> bool:
     """Whether `fwd_cpu` serves x and is faster than PyTorch's channels-last convolution.
 
@@ -48,7 +34,7 @@ def wins_cpu(x: Tensor, kernel: Sequence[int], residual: bool) -> bool:
     fp32; 20x and more in fp16, for which PyTorch has no vectors there; and wherever PyTorch's 35 us
     a call, or its pass of its own for the residual, are a good part of the whole.
     """
-    if x.stride(4) != 1 or not _library("native").uniformer_dwconv3d_fwd_serves(
+    if x.stride(4) != 1 or not library("native").uniformer_dwconv3d_fwd_serves(
         ctypes.c_int64(x.shape[3]), ctypes.c_int64(x.shape[4]), ctypes.c_int64(kernel[2])
     ):
         return False
@@ -64,9 +50,9 @@ def fwd_cpu(
     weight = weight.contiguous()
     bias = None if bias is None else bias.to(weight.dtype).contiguous()
     y = x.new_empty(x.shape)
-    code = _library("native").uniformer_dwconv3d_fwd(
-        _pointer(x), _int64s(x.stride()), _pointer(weight), _pointer(bias), _pointer(y),
-        _int64s(x.shape), _int64s(weight.shape[2:]), ctypes.c_int32(DTYPES.index(x.dtype)),
+    code = library("native").uniformer_dwconv3d_fwd(
+        pointer(x), int64s(x.stride()), pointer(weight), pointer(bias), pointer(y),
+        int64s(x.shape), int64s(weight.shape[2:]), ctypes.c_int32(DTYPES.index(x.dtype)),
         ctypes.c_int32(DTYPES.index(weight.dtype)), ctypes.c_int32(mirror),
         ctypes.c_int32(residual), _runtime.parallel_for(),
     )  # fmt: skip
@@ -83,10 +69,10 @@ def bwd_weight_cpu(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradients of the weight and, last, of the bias: (taps + 1, C) fp32; any strides."""
     C, _, *kernel = weight.shape
     grads = x.new_empty(math.prod(kernel) + 1, C, dtype=torch.float32)
-    code = _library("native").uniformer_dwconv3d_bwd_weight(
-        _pointer(x), _int64s(x.stride()), _pointer(dy), _int64s(dy.stride()),
-        _int64s(x.shape), _int64s(kernel), ctypes.c_int32(DTYPES.index(x.dtype)),
-        _pointer(grads), _runtime.parallel_for(),
+    code = library("native").uniformer_dwconv3d_bwd_weight(
+        pointer(x), int64s(x.stride()), pointer(dy), int64s(dy.stride()),
+        int64s(x.shape), int64s(kernel), ctypes.c_int32(DTYPES.index(x.dtype)),
+        pointer(grads), _runtime.parallel_for(),
     )  # fmt: skip
     if code:
         raise MemoryError(f"no memory for the gradient of a {tuple(weight.shape)} weight")
@@ -124,9 +110,9 @@ def fwd_cuda(
     bias = None if bias is None else bias.to(weight.dtype).contiguous()
     y = x.new_empty(x.shape)
     with _runtime.on_device(x):
-        code = _library("cuda").uniformer_dwconv3d_fwd_cuda(
-            _pointer(x), _int64s(x.stride()), _pointer(weight), _pointer(bias), _pointer(y),
-            _int64s(x.shape), ctypes.c_int32(weight.shape[-1]),
+        code = library("cuda").uniformer_dwconv3d_fwd_cuda(
+            pointer(x), int64s(x.stride()), pointer(weight), pointer(bias), pointer(y),
+            int64s(x.shape), ctypes.c_int32(weight.shape[-1]),
             ctypes.c_int32(DTYPES.index(x.dtype)), ctypes.c_int32(DTYPES.index(weight.dtype)),
             ctypes.c_int32(mirror), ctypes.c_int32(residual), _stream(x),
         )  # fmt: skip
@@ -137,16 +123,16 @@ def fwd_cuda(
 def bwd_weight_cuda(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradients of the weight and, last, of the bias: (taps + 1, C) fp32; dy and x not empty."""
     dy, x = _readable(dy), _readable(x)
-    library, k, shape = _library("cuda"), ctypes.c_int32(weight.shape[-1]), _int64s(x.shape)
-    splits = library.uniformer_dwconv3d_bwd_weight_splits_cuda(
+    cuda, k, shape = library("cuda"), ctypes.c_int32(weight.shape[-1]), int64s(x.shape)
+    splits = cuda.uniformer_dwconv3d_bwd_weight_splits_cuda(
         shape, k, ctypes.c_int32(_runtime.multiprocessors(x))
     )
     C, _, *kernel = weight.shape
     partial = x.new_empty(splits, math.prod(kernel) + 1, C, dtype=torch.float32)
     with _runtime.on_device(x):
-        code = library.uniformer_dwconv3d_bwd_weight_cuda(
-            _pointer(x), _int64s(x.stride()), _pointer(dy), _int64s(dy.stride()),
-            _pointer(partial), shape, k, ctypes.c_int32(DTYPES.index(x.dtype)),
+        code = cuda.uniformer_dwconv3d_bwd_weight_cuda(
+            pointer(x), int64s(x.stride()), pointer(dy), int64s(dy.stride()),
+            pointer(partial), shape, k, ctypes.c_int32(DTYPES.index(x.dtype)),
             ctypes.c_int32(splits), _stream(x),
         )  # fmt: skip
     _check(code, x)
