@@ -39,6 +39,9 @@ __all__ = ["main"]
 
 LIMIT = 540  # seconds, for all steps
 TESTS = (
+    "test_pointwise",
+    "test_ffn",
+    "test_local_block",
     "test_dwconv3d",
     "test_gpu",
     "test_attention",

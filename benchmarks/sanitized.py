@@ -3,9 +3,11 @@
 compute-sanitizer --tool memcheck python -m benchmarks.sanitized
 """
 
+from typing import Any
+
 import torch
 
-from uniformer_kernels import backend, dwconv3d
+from uniformer_kernels import Norm, backend, dwconv3d, dwconv3d_stats, ffn, pointwise_stats
 
 # Borders of every tile: sizes of one, past a tile, and none of them a multiple.
 SHAPES = ((1, 2, 5, 9, 72), (2, 3, 8, 14, 64), (1, 1, 1, 1, 8))
@@ -32,7 +34,28 @@ def main() -> None:
                         launched += 1
                         if cuda:
                             torch.cuda.synchronize()
+    with backend("triton"):
+        for C, F in ((24, 72), (128, 512), (8, 16)):
+            _block(torch.randn(2, 3, 5, 7, C, device=device), F, torch.float16)
+            launched += 1
+    if cuda:
+        torch.cuda.synchronize()
     print(f"{launched} shapes, dtypes and kernels went through forward and backward")
+
+
+def _block(x: torch.Tensor, F: int, dtype: torch.dtype) -> None:
+    """The local block's other operators, with all that they do around their products."""
+    C = x.shape[-1]
+    like: dict[str, Any] = {"device": x.device, "requires_grad": True}
+    w, w1, w2 = (torch.randn(*shape, **like) for shape in ((C, C), (F, C), (C, F)))
+    b, b1, b2, gamma = (torch.randn(n, **like) for n in (C, F, C, C))
+    scale = torch.tensor([0.0, 2.0], device=x.device)
+    with torch.autocast(x.device.type, dtype):
+        x, stats = dwconv3d_stats(x, torch.randn(C, 1, 3, 3, 3, **like), residual=True)
+        norm = Norm(stats, gamma, b)
+        x, stats = pointwise_stats(x, w, b, norm=norm, scale=scale, residual=x)
+        x = ffn(x, w1, b1, w2, b2, norm=Norm(stats, gamma, b), scale=scale, residual=True)
+    x.float().square().sum().backward()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from uniformer.configs import UniFormerConfig
+from uniformer.local_block import LocalBlock
 from uniformer_kernels import backend, dwconv3d
 
 pytestmark = [
@@ -29,6 +31,27 @@ def test_a_thousand_repetitions_are_equal_to_the_bit(name, k, C, size):
         for _ in range(1000):
             for now, then in zip(once(), first, strict=True):
                 different += (now != then).sum()
+    assert int(different) == 0
+
+
+@pytest.mark.parametrize(("C", "size"), [(64, 56), (128, 28)])
+def test_local_blocks_are_equal_to_the_bit(C, size):
+    """All of its kernels, at the network's widths, 200 times over."""
+    block = LocalBlock(UniFormerConfig(), C, 0.0).cuda().eval()
+    for norm in (block.norm1, block.norm2):
+        norm.running_mean = norm.running_var = None  # statistics of the batch, and none kept
+    x = torch.randn(2, 8, size, size, C, device="cuda", requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def once():
+        with torch.autocast("cuda", torch.bfloat16):
+            y = block(x)
+        return [y, *torch.autograd.grad(y, (x, *block.parameters()), dy)]
+
+    first, different = once(), torch.zeros((), device="cuda", dtype=torch.int64)
+    for _ in range(200):
+        for now, then in zip(once(), first, strict=True):
+            different += (now != then).sum()
     assert int(different) == 0
 
 
