@@ -232,6 +232,32 @@ def test_folded_weights_follow_the_parameters():
     torch.testing.assert_close(made(x.double()), made.part_by_part(x.double()))
 
 
+@torch.no_grad()
+def test_folded_weights_are_not_rounded_by_autocast():
+    made, x = block().eval(), clip()
+    want = made(x)
+    made.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        made(x)
+    assert torch.equal(made(x), want)
+
+
+def test_the_transforms_run_in_eval_mode():
+    """Parameters that torch.func wraps have no memory to remember."""
+    made, x = block().eval(), clip()
+
+    def loss(parameters, x):
+        return torch.func.functional_call(made, parameters, (x[None],)).square().sum()
+
+    parameters = dict(made.named_parameters())
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(len(x)):
+        made.zero_grad()
+        made(x[i : i + 1]).square().sum().backward()
+        want = made.conv1.weight.grad
+        torch.testing.assert_close(grads["conv1.weight"][i], want, rtol=1e-3, atol=1e-3)
+
+
 def test_folding_is_differentiable_where_something_trains():
     made = block().eval()
     made.requires_grad_(False)
