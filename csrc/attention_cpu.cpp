@@ -35,6 +35,7 @@ constexpr int ROWS = 6;               // queries: 6 x 4 vectors of sums, 4 of ke
 constexpr int STEP = 4 * LANES;       // keys that share a pass over the channels
 constexpr int64_t BLOCK = 8 * STEP;   // keys between two corrections by the maximum
 constexpr int64_t TILE = 8 * ROWS;    // queries of a job
+constexpr float LOG2E = 1.44269504f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 struct Job {
@@ -43,7 +44,7 @@ struct Job {
   uint16_t* out;               // (B, N, h, d)
   float* lse;                  // (B, N, h), or null
   int64_t B, N, h, d;
-  float scale;                 // times log2(e)
+  float scale;
   int64_t padded;              // N, rounded up to STEP
   uint16_t *keys, *values;     // (B * h, padded / STEP, d / 2, STEP, 2), (B * h, padded / 2, d, 2)
 
@@ -92,9 +93,9 @@ inline __attribute__((always_inline)) void products(
   }
 }
 
-// 2^x for x <= 0, to 3e-6; NaN stays.
-inline __m512 exp2(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
+// e^x for x <= 0, to 3e-6; NaN stays.
+inline __m512 exp(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_mul_ps(x, _mm512_set1_ps(LOG2E)));
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, n);
   __m512 y = _mm512_set1_ps(1.3333558e-3f);  // ln(2)^k / k!, from k = 5 down
@@ -135,12 +136,12 @@ void queries(const Job& job, int64_t b, int64_t head, int64_t n) {
       for (int64_t m = 0; m < count; m += LANES)
         top = _mm512_max_ps(_mm512_load_ps(scores[r] + m), top);
       const float now = _mm512_reduce_max_ps(top), from = now == -INF ? 0.0f : now;
-      const float factor = std::exp2(most[r] - from);
+      const float factor = std::exp2((most[r] - from) * LOG2E);
       __m512 total = _mm512_setzero_ps();
       for (int64_t m = 0; m < count; m += 2 * LANES) {
         const __m512 shift = _mm512_set1_ps(from);
-        const __m512 low = exp2(_mm512_sub_ps(_mm512_load_ps(scores[r] + m), shift));
-        const __m512 high = exp2(_mm512_sub_ps(_mm512_load_ps(scores[r] + m + LANES), shift));
+        const __m512 low = exp(_mm512_sub_ps(_mm512_load_ps(scores[r] + m), shift));
+        const __m512 high = exp(_mm512_sub_ps(_mm512_load_ps(scores[r] + m + LANES), shift));
         total = _mm512_add_ps(total, _mm512_add_ps(low, high));
         _mm512_store_si512(weights[r] + m, (__m512i)_mm512_cvtne2ps_pbh(high, low));
       }
@@ -167,7 +168,7 @@ void queries(const Job& job, int64_t b, int64_t head, int64_t n) {
       _mm256_storeu_si256(
           (__m256i*)(job.out + at * d + v * LANES), (__m256i)_mm512_cvtneps_pbh(o));
     }
-    if (job.lse) job.lse[at] = (most[r] + std::log2(sum[r])) * 0.69314718f;
+    if (job.lse) job.lse[at] = most[r] + std::log(sum[r]);
   }
 }
 
@@ -222,7 +223,7 @@ extern "C" int32_t uniformer_attention_fwd(
     return 1;
   }
   Job job = {static_cast<const uint16_t*>(qkv), stride_b, stride_n, static_cast<uint16_t*>(out),
-             lse, shape[0], shape[1], shape[2], shape[3], scale * 1.44269504f, padded,
+             lse, shape[0], shape[1], shape[2], shape[3], scale, padded,
              packed.data(), packed.data() + size};
   const int64_t tiles = (shape[1] + TILE - 1) / TILE;
   return parallel_for(0, heads, 1, pack, &job) ||

@@ -173,7 +173,7 @@ def test_opcheck(device):
     stats, scale, dtype = channel_stats(x), drop(x), torch.float32
     for t in (x, w1, b1, w2, b2, gamma, beta):
         t.requires_grad_()
-    norm, none = (stats, gamma, beta, 1e-5, ""), (None, None, None, 0.0, "")
+    norm, none = (stats, gamma, beta, 1e-5, True, ""), (None, None, None, 0.0, True, "")
     torch.library.opcheck(_fwd.op, (x, w1, b1, w2, b2, *norm, scale, True, dtype))
     torch.library.opcheck(_fwd.op, (x, w1, None, w2, None, *none, None, False, dtype))
     plain = [t.detach() for t in (torch.randn_like(x), x, w1, b1, w2)]

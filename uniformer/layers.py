@@ -201,7 +201,7 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., C), before the residual."""
-        if self.why_not_fused() is not None:
+        if x.ndim < 2 or self.why_not_fused() is not None:
             return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
         return ffn(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 

@@ -67,7 +67,6 @@ class LocalBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.BatchNorm3d(dim)
         self.mlp = FFN(dim, int(dim * cfg.mlp_ratio), cfg.drop_rate, conv=True)
-        self._folded: dict[str, tuple[list, tuple[Tensor, Tensor]]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, H, W, C) -> (B, T, H, W, C)."""
@@ -117,32 +116,23 @@ class LocalBlock(nn.Module):
         norm = getattr(self, name)
         if stats is not None:
             return _from_batch(norm, stats, x), conv.weight, conv.bias
-        return None, *self._fold(name, norm, conv)
-
-    def _fold(self, name: str, norm: Any, conv: Any) -> tuple[Tensor, Tensor]:
-        """`conv` after `norm` in eval mode, as one; kept while nothing of them changes."""
-        of = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        if not all(t is None or _is_constant(t) for t in of):
-            return _folded(norm, conv)
-        state = [None if t is None else (t, t._version, t.data_ptr()) for t in of]
-        kept = self._folded.get(name)
-        if kept is None or not _same(kept[0], state):
-            with torch.inference_mode(False), torch.no_grad():
-                self._folded[name] = state, _folded(norm, conv)
-        return self._folded[name][1]
-
-    def train(self, mode: bool = True) -> "LocalBlock":
-        """As of nn.Module; folded weights are made anew, should some have changed unseen."""
-        self._folded.clear()
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_folded": {}}
+        if _in_16_bits(x):  # x itself may be too far from its mean to be rounded
+            running = torch.stack([norm.running_mean, norm.running_var])
+            return Norm(running, norm.weight, norm.bias, norm.eps, False), conv.weight, conv.bias
+        return None, *_folded(norm, conv)
 
 
 def _without(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
     """An operator that might have given statistics, and does not."""
     return lambda *args, **kwargs: (op(*args, **kwargs), None)
+
+
+def _in_16_bits(x: Tensor) -> bool:
+    """Whether products of x are made in 16 bits."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device).itemsize == 2 and x.dtype != torch.float64
+    return x.dtype.itemsize == 2
 
 
 def _of_batch(norm: nn.Module) -> bool:
@@ -161,7 +151,7 @@ def _from_batch(norm: Any, stats: Tensor, x: Tensor) -> Norm:
             )
         if norm.track_running_stats and norm.running_mean is not None:
             _update(norm, stats, rows)
-    return Norm(stats, norm.weight, norm.bias, norm.eps, group)
+    return Norm(stats, norm.weight, norm.bias, norm.eps, True, group)
 
 
 def _group(norm: nn.Module) -> str:
@@ -188,7 +178,11 @@ def _update(norm: Any, stats: Tensor, rows: int) -> None:
 
 
 def _folded(norm: Any, conv: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of conv(norm(x)), norm with its running statistics."""
+    """Weight and bias of conv(norm(x)), norm with its running statistics.
+
+    Made anew in every pass, a handful of operations on small matrices: whether a parameter has
+    changed cannot be known for sure, since writes through `.data` or numpy leave no trace.
+    """
     with torch.autocast(conv.weight.device.type, enabled=False):  # to be rounded later, if at all
         factor = (norm.running_var + norm.eps).rsqrt()
         factor = factor if norm.weight is None else factor * norm.weight
@@ -197,21 +191,3 @@ def _folded(norm: Any, conv: Any) -> tuple[Tensor, Tensor]:
         weight = conv.weight.flatten(1)
         bias = weight @ shift
         return weight * factor, bias if conv.bias is None else bias + conv.bias
-
-
-def _is_constant(t: Tensor) -> bool:
-    """Whether what is made of a tensor may be kept: it has memory, whose changes are counted, and
-    nobody differentiates or traces it now."""
-    if torch.compiler.is_compiling() or type(t) not in (Tensor, nn.Parameter):
-        return False
-    if not torch._C._has_storage(t) or t.is_inference():
-        return False
-    return not (torch.is_grad_enabled() and t.requires_grad)
-
-
-def _same(before: list, now: list) -> bool:
-    """The same tensors, as often written to, in the same memory."""
-    return all(
-        a is b is None or (a is not None and b is not None and a[0] is b[0] and a[1:] == b[1:])
-        for a, b in zip(before, now, strict=True)
-    )

@@ -42,7 +42,7 @@ def prepare(op: str, x: Tensor) -> tuple[torch.dtype, bool]:
 
 def serves(op: str, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether `op` is to go in chunks through the library's products, in `dtype`."""
-    if _runtime.serving(op, x.device) != "triton":
+    if _runtime.serving(op, x.device) != "triton" or dtype == torch.float64:
         return True
     if x.is_cuda and dtype.itemsize > 2 and _runtime.current_backend() == "auto":
         why = f"products of {dtype} have no tensor cores; torch.autocast makes them in 16 bits"

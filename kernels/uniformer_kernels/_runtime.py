@@ -21,7 +21,8 @@ from torch.autograd import forward_ad
 from uniformer_kernels import _native
 
 __all__ = [
-    "BACKENDS", "announce", "backend", "check_dtypes", "check_shapes", "current_backend",
+    "BACKENDS", "announce", "autocast_dtype", "backend", "check_dtypes", "check_shapes",
+    "current_backend",
     "functorch_is_active", "int64s", "interpreting", "library", "multiprocessors",
     "native_library", "on_device", "parallel_for", "pointer", "register", "report",
     "serving", "shared_memory", "tuned", "under_torch_func", "why_not",
@@ -147,7 +148,8 @@ def report() -> list[tuple[str, str, str, dict[str, str | None]]]:
                 served_by = serving(op, torch.device(device))
             except (ValueError, RuntimeError) as error:
                 served_by = f"nothing: {error}"
-            rows.append((op, device, served_by, {n: why_not(n) for n in serves.get(device, ())}))
+            names = (n for n in serves.get(device, ()) if n in BACKENDS)
+            rows.append((op, device, served_by, {n: why_not(n) for n in names}))
     return rows
 
 
@@ -176,16 +178,33 @@ def _why_not_triton() -> str | None:
 
 def check_dtypes(x: torch.Tensor, **parameters: torch.Tensor | None) -> None:
     """Raise ValueError unless x is floating point and the parameters are of its dtype or fp32."""
-    if x.dtype not in (*DTYPES.values(), torch.float64):
-        raise ValueError(f"x must be fp32, fp16, bf16 or fp64, got {x.dtype}")
+    if not isinstance(x, torch.Tensor) or x.dtype not in (*DTYPES.values(), torch.float64):
+        raise ValueError(
+            f"x must be a tensor in fp32, fp16, bf16 or fp64, got {x.dtype} in a {type(x).__name__}"
+        )
     for name, t in parameters.items():
-        if t is not None and t.dtype not in (x.dtype, torch.float32):
+        _check_tensor(name, t)
+        if t is not None and t.dtype not in (x.dtype, torch.float32, *autocast_dtype(x)):
             raise ValueError(f"{name} must be of x's dtype or fp32, got {t.dtype} for x {x.dtype}")
+
+
+def autocast_dtype(x: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """What autocast would cast x to, if it is enabled."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return ()
+    return (torch.get_autocast_dtype(device),)
+
+
+def _check_tensor(name: str, t: Any) -> None:
+    if t is not None and not isinstance(t, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor or None, got {type(t).__name__}")
 
 
 def check_shapes(x: torch.Tensor, shapes: Mapping[str, tuple]) -> None:
     """Raise ValueError unless each tensor, by name, has its shape and lies on x's device."""
     for name, (t, shape) in shapes.items():
+        _check_tensor(name, t)
         if t is not None and t.shape != torch.Size(shape):
             raise ValueError(
                 f"{name} must be {tuple(shape)} for x {tuple(x.shape)}, got {tuple(t.shape)}"

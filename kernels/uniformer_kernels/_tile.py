@@ -15,8 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "DTYPES", "Config", "block", "gelu", "gelu_and_slope", "normalised", "once",
-    "rows_a_clip", "rows_of", "splits", "through_norm",
+    "DTYPES",
+    "Config",
+    "block",
+    "gelu",
+    "gelu_and_slope",
+    "normalised",
+    "of_clips",
+    "once",
+    "rows_of",
+    "splits",
+    "through_norm",
 ]  # fmt: skip
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -91,9 +100,9 @@ def splits(rows: int, block_m: int, programs: int, multiprocessors: int) -> int:
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def rows_a_clip(scale: Tensor | None, rows: int) -> int:
-    """How many rows share a number of `scale` (B,)."""
-    return rows if scale is None else rows // len(scale)
+def of_clips(scale: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
+    """`scale` (B,) as a kernel reads it, and how many rows share a number of it."""
+    return (None, rows) if scale is None else (scale.contiguous(), rows // len(scale))
 
 
 class Config(NamedTuple):

@@ -20,6 +20,8 @@ from uniformer_kernels._runtime import int64s, library, pointer
 
 __all__ = ["attention", "attention_ref"]
 
+CHANNELS = (16, 32, 48, 64)  # of a head that the C++ kernel serves
+
 # C++ for bf16 on a CPU; else PyTorch's fused attention, until ours is measured to be faster.
 _runtime.register("attention", {"cpu": ("native", "sdpa"), "cuda": ("sdpa",)})
 
@@ -52,15 +54,17 @@ def _why_not_native(qkv: Tensor, num_heads: int, dropout: float) -> str | None:
         return "it serves bf16 on a CPU, without dropout"
     if _runtime.functorch_is_active() or _runtime.under_torch_func("attention"):
         return "a transform is at work"
-    return _why_not_here(qkv.shape[-1] // (3 * num_heads))
+    if qkv.shape[-1] // (3 * num_heads) not in CHANNELS:
+        return f"heads are not of {CHANNELS} channels"
+    return _why_not_here()
 
 
 @torch.compiler.assume_constant_result
-def _why_not_here(channels: int) -> str | None:
+def _why_not_here() -> str | None:
     if _runtime.serving("attention", torch.device("cpu")) != "native":
         return "another backend was asked for, or it cannot be built"
-    if not library("native").uniformer_attention_fwd_serves(ctypes.c_int64(channels)):
-        return "the processor has no AVX512_BF16, or a head is not of 16, 32, 48 or 64 channels"
+    if not library("native").uniformer_attention_fwd_serves(ctypes.c_int64(CHANNELS[0])):
+        return "the processor has no AVX512_BF16"
     return None
 
 
@@ -146,6 +150,8 @@ def attention(
 ) -> Tensor:
     """Attend from every token to every token.
 
+    Differentiable once, under `backend("reference")` twice.
+
     Args:
         qkv: (B, N, 3*h*d), floating point, as a Linear gives it: q, k and v side by side, each
             of them h heads of d channels.
@@ -157,8 +163,15 @@ def attention(
         (B, N, h*d), the heads side by side, in `qkv`'s dtype.
 
     Raises:
-        ValueError: `qkv` is not (B, N, 3*h*d).
+        ValueError: `qkv` is not (B, N, 3*h*d), or a number is out of its range.
     """
+    if num_heads < 1 or not 0 <= dropout < 1:
+        raise ValueError(
+            f"num_heads must be 1 or more and dropout from 0 to below 1, got {num_heads} and "
+            f"{dropout}"
+        )
+    if not qkv.is_floating_point():
+        raise ValueError(f"qkv must be floating point, got {qkv.dtype}")
     if qkv.ndim != 3 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f"qkv must be (B, N, 3*h*d) with h = {num_heads} heads, got shape {tuple(qkv.shape)}"

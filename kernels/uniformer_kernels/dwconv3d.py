@@ -297,7 +297,7 @@ def dwconv3d(
         x: (B, T, H, W, C), fp32, fp16, bf16, or fp64, which runs in plain PyTorch; any strides,
             though only channels side by side are read without a copy.
         weight: (C, 1, kt, kh, kw), each of kt, kh, kw odd and from 1 to 9; of x's dtype, or fp32.
-        bias: (C,), of the weight's dtype.
+        bias: (C,), likewise.
         residual: add `x` to the result.
 
     Returns:
@@ -319,6 +319,8 @@ def dwconv3d_stats(
 ) -> tuple[Tensor, Tensor]:
     """`dwconv3d`, and what a BatchNorm after it needs to know, without a pass of its own.
 
+    Arguments are those of `dwconv3d`; differentiable once.
+
     Returns:
         The result of `dwconv3d`, and (2, C): mean and biased variance of its channels, in fp32, of
         fp64 in fp64. They carry no gradient.
@@ -327,7 +329,7 @@ def dwconv3d_stats(
         ValueError: as `dwconv3d`; or x has no elements.
     """
     if x.numel() == 0:
-        raise ValueError(f"nothing has no statistics: x is {tuple(x.shape)}")
+        raise ValueError(f"x must have elements to have statistics, got {tuple(x.shape)}")
     x, plain = _prepare(x, weight, bias, residual)
     if not plain:
         return _stats(x, weight, bias, residual)

@@ -33,7 +33,7 @@ from uniformer_kernels._chunked import (
     serves,
     through_norm,
 )
-from uniformer_kernels._norm import Norm, Prologue, Sums
+from uniformer_kernels._norm import Norm, Prologue, Sums, batch_norm_ref, check_norm
 from uniformer_kernels._operator import Operator
 
 __all__ = ["ffn", "ffn_ref"]
@@ -50,14 +50,10 @@ def ffn_ref(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *,
     norm: Norm | None = None, scale: Tensor | None = None, residual: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`ffn` in plain PyTorch; a norm takes the statistics of x itself."""
+    """`ffn` in plain PyTorch; a norm of the batch takes the statistics of x itself."""
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
     b1, b2 = (None if b is None else b.to(x.dtype) for b in (b1, b2))
-    z = x
-    if norm is not None:
-        rows = x.reshape(-1, x.shape[-1])
-        gamma, beta = (None if t is None else t.to(x.dtype) for t in (norm.weight, norm.bias))
-        z = F.batch_norm(rows, None, None, gamma, beta, True, 0.0, norm.eps).view(x.shape)
+    z = x if norm is None else batch_norm_ref(x, norm)
     y = F.linear(F.gelu(F.linear(z, w1.flatten(1), b1)), w2.flatten(1), b2)
     y = y if scale is None else y * scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
     return x + y if residual else y
@@ -126,14 +122,15 @@ def _bwd_chunked(
 
 def _fwd_kernel(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, stats: Tensor | None,
-    gamma: Tensor | None, beta: Tensor | None, eps: float, group: str, scale: Tensor | None,
+    gamma: Tensor | None, beta: Tensor | None, eps: float, of_batch: bool, group: str,
+    scale: Tensor | None,
     residual: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    norm, rows = Prologue.of(stats, gamma, beta, eps), x.reshape(-1, x.shape[-1])
+    norm, rows = Prologue.of(stats, gamma, beta, eps, of_batch), x.reshape(-1, x.shape[-1])
     run = _fwd_chunked if serves("ffn", x, dtype) else _triton().fwd
     with torch.autocast(x.device.type, enabled=False):
         y = run(rows, w1.flatten(1), b1, w2.flatten(1), b2, norm, scale, residual, dtype)
-    return y.view(x.shape)
+    return torch.ops.aten._unsafe_view(y, x.shape)  # which may be changed in place
 
 
 def _triton() -> ModuleType:
@@ -144,14 +141,15 @@ def _triton() -> ModuleType:
 
 
 def _fwd_fake(
-    x, w1, b1, w2, b2, stats, gamma, beta, eps, group, scale, residual, dtype
+    x, w1, b1, w2, b2, stats, gamma, beta, eps, of_batch, group, scale, residual, dtype
 ):  # fmt: skip
     return x.new_empty(x.shape, dtype=x.dtype if residual else dtype)
 
 
 def _bwd_kernel(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, stats: Tensor | None,
-    gamma: Tensor | None, beta: Tensor | None, eps: float, group: str, scale: Tensor | None,
+    gamma: Tensor | None, beta: Tensor | None, eps: float, of_batch: bool, group: str,
+    scale: Tensor | None,
     residual: bool, dtype: torch.dtype, with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx in x's dtype; gradients of w1, b1, w2, b2, gamma and beta in the weights'.
@@ -159,9 +157,24 @@ def _bwd_kernel(
     Those that are not wanted come with no elements.
     """
     outputs = _bwd_fake(
-        dy, x, w1, b1, w2, stats, gamma, beta, eps, group, scale, residual, dtype, with_dx, with_dw
+        dy,
+        x,
+        w1,
+        b1,
+        w2,
+        stats,
+        gamma,
+        beta,
+        eps,
+        of_batch,
+        group,
+        scale,
+        residual,
+        dtype,
+        with_dx,
+        with_dw,
     )
-    norm, C = Prologue.of(stats, gamma, beta, eps), x.shape[-1]
+    norm, C = Prologue.of(stats, gamma, beta, eps, of_batch), x.shape[-1]
     run = _bwd_chunked if serves("ffn", x, dtype) else _triton().bwd
     with torch.autocast(x.device.type, enabled=False):
         dx, sums, db1, dw2, db2 = run(
@@ -173,7 +186,8 @@ def _bwd_kernel(
 
 
 def _bwd_fake(
-    dy, x, w1, b1, w2, stats, gamma, beta, eps, group, scale, residual, dtype, with_dx, with_dw
+    dy, x, w1, b1, w2, stats, gamma, beta, eps, of_batch, group, scale, residual, dtype, with_dx,
+    with_dw
 ):  # fmt: skip
     C, F = x.shape[-1], w1.shape[0]
     channels = C if with_dw and stats is not None else 0
@@ -188,7 +202,9 @@ def _bwd_fake(
     )
 
 
-_NORM = "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, str group, Tensor? scale"
+_NORM = (
+    "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, bool of_batch, str group, Tensor? scale"
+)
 _fwd = Operator(
     f"ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, {_NORM}, bool residual,"
     " ScalarType dtype) -> Tensor",
@@ -206,29 +222,30 @@ _bwd = Operator(
 class _Fwd(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, w1, b1, w2, b2, stats, gamma, beta, eps, group, scale, residual, dtype
+        ctx, x, w1, b1, w2, b2, stats, gamma, beta, eps, of_batch, group, scale, residual, dtype
     ):  # fmt: skip
         ctx.save_for_backward(x, w1, b1, w2, stats, gamma, beta, scale)
-        ctx.rest = eps, group, residual, dtype
+        ctx.rest = eps, of_batch, group, residual, dtype
         return _fwd.below_autograd(
-            x, w1, b1, w2, b2, stats, gamma, beta, eps, group, scale, residual, dtype
+            x, w1, b1, w2, b2, stats, gamma, beta, eps, of_batch, group, scale, residual, dtype
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, w1, b1, w2, stats, gamma, beta, scale = ctx.saved_tensors
-        eps, group, residual, dtype = ctx.rest
+        eps, of_batch, group, residual, dtype = ctx.rest
         for_x, for_w1, for_b1, for_w2, for_b2, _, for_gamma, for_beta = ctx.needs_input_grad[:8]
         wanted = (for_x, for_w1, for_b1, for_w2, for_b2, for_gamma, for_beta)
         found = _bwd(
-            dy, x, w1, b1, w2, stats, gamma, beta, eps, group, scale, residual, dtype, for_x,
+            dy, x, w1, b1, w2, stats, gamma, beta, eps, of_batch, group, scale, residual, dtype,
+            for_x,
             any(wanted[1:]),
         )  # fmt: skip
         dx, dw1, db1, dw2, db2, dgamma, dbeta = (
             g if want else None for g, want in zip(found, wanted, strict=True)
         )
-        return dx, dw1, db1, dw2, db2, None, dgamma, dbeta, None, None, None, None, None
+        return dx, dw1, db1, dw2, db2, None, dgamma, dbeta, *(None,) * 6
 
 
 @register_flop_formula(_fwd.packet)
@@ -252,19 +269,19 @@ def ffn(
 ) -> Tensor:  # fmt: skip
     """Two products with an exact GELU between: scale * (gelu(norm(x) @ w1.T + b1) @ w2.T + b2).
 
-    Differentiable once, with respect to x, the weights, the biases and the norm's; the gradient of
-    x goes through the norm's statistics too. Under autocast the products are made in its dtype,
-    while x is normalised, and added, in its own.
+    Differentiable once (under `backend("reference")` twice), with respect to x, the weights, the
+    biases and the norm's; the gradient of x goes through the norm's statistics too. Under autocast
+    the products are made in its dtype, while x is normalised, and added, in its own.
 
     Args:
         x: (B, ..., C), fp32, fp16, bf16 or fp64.
         w1: (F, C), or (F, C, 1, 1, 1) as of an nn.Conv3d; of x's dtype, or fp32.
-        b1: (F,), of w1's dtype, or None.
+        b1: (F,), likewise, or None.
         w2: (C, F), likewise.
         b2: (C,), likewise.
-        norm: BatchNorm of x in training mode; `Norm.stats` are x's.
-        scale: (B,), factor on the result for each clip.
-        residual: add `x`.
+        norm: BatchNorm of x; in training mode `Norm.stats` are x's.
+        scale: (B,), factor on the result for each clip; it gets no gradient.
+        residual: whether to add `x`.
 
     Returns:
         (B, ..., C), in autocast's dtype or x's; with `residual` always in x's.
@@ -277,27 +294,28 @@ def ffn(
     wide = x.is_cuda and x.shape[-1] > WIDEST and _runtime.current_backend() != "triton"
     if plain or wide:
         return ffn_ref(x, w1, b1, w2, b2, norm=norm, scale=scale, residual=residual)
-    found, gamma, beta, eps, group = norm or (None, None, None, 0.0, "")
-    return _fwd(x, w1, b1, w2, b2, found, gamma, beta, eps, group, scale, residual, dtype)
+    found, gamma, beta, eps, of_batch, group = norm or (None, None, None, 0.0, True, "")
+    return _fwd(x, w1, b1, w2, b2, found, gamma, beta, eps, of_batch, group, scale, residual, dtype)
 
 
 def _check(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, norm: Norm | None,
     scale: Tensor | None,
 ) -> None:  # fmt: skip
+    for name, w in (("w1", w1), ("w2", w2)):
+        if not isinstance(w, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(w).__name__}")
+    _runtime.check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2)
     if x.ndim < 2:
         raise ValueError(f"x must be (B, ..., C), got shape {tuple(x.shape)}")
     C = x.shape[-1]
     hidden = w1.shape[0] if w1.ndim else 0
     for name, w, size in (("w1", w1, (hidden, C)), ("w2", w2, (C, hidden))):
-        if w.shape[:2] != size or w.numel() != hidden * C or hidden == 0:
+        if w.shape not in (size, (*size, 1, 1, 1)) or hidden == 0:
             raise ValueError(
-                f"{name} must be {size}, or with sizes of 1 behind, for x {tuple(x.shape)}, "
-                f"got {tuple(w.shape)}"
+                f"{name} must be {size} or {(*size, 1, 1, 1)}, channels being the last axis of x "
+                f"{tuple(x.shape)}, got {tuple(w.shape)}"
             )
-    _runtime.check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2)
-    shapes = {"b1": (b1, (hidden,)), "b2": (b2, (C,)), "scale": (scale, x.shape[:1])}
-    if norm is not None:
-        shapes |= {"norm.stats": (norm.stats, (2, C))}
-        shapes |= {"norm.weight": (norm.weight, (C,)), "norm.bias": (norm.bias, (C,))}
-    _runtime.check_shapes(x, shapes)
+    weights = {"w1": (w1, w1.shape), "w2": (w2, w2.shape)}
+    _runtime.check_shapes(x, weights | {"b1": (b1, (hidden,)), "b2": (b2, (C,))})
+    check_norm(norm, x, scale)

@@ -29,8 +29,8 @@ from uniformer_kernels._tile import (
     gelu,
     gelu_and_slope,
     normalised,
+    of_clips,
     once,
-    rows_a_clip,
     rows_of,
     splits,
     through_norm,
@@ -220,10 +220,11 @@ def fwd(
     w1, b1, w2 = _operands(w1, b1, w2, norm, dtype)
     grid, arguments, warps, stages = fwd_config(M, C, F)
     x, y = x.contiguous(), x.new_empty(M, C, dtype=x.dtype if residual else dtype)
+    scale, R = of_clips(scale, M)
     with _runtime.on_device(x):
         _ffn_fwd_kernel[grid](
             x, w1, b1, w2, None if b2 is None else b2.contiguous(), *(norm or (None,) * 2)[:2],
-            scale, y, M, rows_a_clip(scale, M),
+            scale, y, M, R,
             **arguments, RESIDUAL=residual, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
@@ -241,18 +242,19 @@ def bwd(
     none = x.new_empty(0, dtype=torch.float32)
     G, dw2, db1 = none, none, none
     if with_dw or norm is not None:
-        G, dw2, db1 = _bwd_weight((*operands, scale))
+        G, dw2, db1 = _bwd_weight(operands, scale)
     sums = Sums.of(G, db1, w1, norm)
     if not with_dx:
         rows = dy.float() if scale is None else dy.float().view(len(scale), -1) * scale[:, None]
         return None, sums, db1, dw2, rows.view(dy.shape).sum(0)
     (M, C), F = x.shape, len(w1)
     grid, arguments, warps, stages = bwd_input_config(M, C, F)
+    scale, R = of_clips(scale, M)
     dx, partial = x.new_empty(x.shape), x.new_empty(grid[0], C, dtype=torch.float32)
     through = (None, None) if norm is None else sums.through(norm, M, group)
     with _runtime.on_device(x):
         _ffn_bwd_input_kernel[grid](
-            *operands, *through, scale, dx, partial, M, rows_a_clip(scale, M),
+            *operands, *through, scale, dx, partial, M, R,
             **arguments, RESIDUAL=residual, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
@@ -268,9 +270,10 @@ def _operands(
     return w1.to(dtype).contiguous(), b1, w2.to(dtype).contiguous()
 
 
-def _bwd_weight(operands: tuple) -> tuple[Tensor, ...]:
-    _, x, w1, *_, scale = operands
+def _bwd_weight(operands: tuple, scale: Tensor | None) -> tuple[Tensor, ...]:
+    _, x, w1, *_ = operands
     (M, C), F = x.shape, len(w1)
+    scale, R = of_clips(scale, M)
     grid, arguments, warps, stages = bwd_weight_config(
         M, C, F, _runtime.multiprocessors(x), _runtime.shared_memory(x) * 2 // w1.itemsize
     )
@@ -279,7 +282,7 @@ def _bwd_weight(operands: tuple) -> tuple[Tensor, ...]:
     ]
     with _runtime.on_device(x):
         _ffn_bwd_weight_kernel[grid](
-            *operands, *partial, M, rows_a_clip(scale, M),
+            *operands, scale, *partial, M, R,
             **arguments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return tuple(p.sum(0) for p in partial)

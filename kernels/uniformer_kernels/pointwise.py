@@ -33,7 +33,14 @@ from uniformer_kernels._chunked import (
     serves,
     through_norm,
 )
-from uniformer_kernels._norm import Norm, Prologue, Sums, channel_stats
+from uniformer_kernels._norm import (
+    Norm,
+    Prologue,
+    Sums,
+    batch_norm_ref,
+    channel_stats,
+    check_norm,
+)
 from uniformer_kernels._operator import Operator
 
 __all__ = ["pointwise", "pointwise_ref", "pointwise_stats"]
@@ -48,14 +55,11 @@ def pointwise_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None,
     scale: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`pointwise` in plain PyTorch; a norm takes the statistics of x itself."""
-    if norm is not None:
-        rows = x.reshape(-1, x.shape[-1])
-        gamma, beta = (None if t is None else t.to(x.dtype) for t in (norm.weight, norm.bias))
-        x = F.batch_norm(rows, None, None, gamma, beta, True, 0.0, norm.eps).view(x.shape)
+    """`pointwise` in plain PyTorch; a norm of the batch takes the statistics of x itself."""
+    x = x if norm is None else batch_norm_ref(x, norm)
     y = F.linear(x, weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype))
     y = y if scale is None else y * scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
-    return y if residual is None else residual + y
+    return y if residual is None else (residual + y).to(residual.dtype)
 
 
 # --- In chunks ------------------------------------------------------------------------
@@ -108,10 +112,11 @@ def _bwd_chunked(
 
 def _fwd_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, group: str, scale: Tensor | None, residual: Tensor | None,
+    beta: Tensor | None, eps: float, of_batch: bool, group: str, scale: Tensor | None,
+    residual: Tensor | None,
     with_stats: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    norm = Prologue.of(stats, gamma, beta, eps)
+    norm = Prologue.of(stats, gamma, beta, eps, of_batch)
     rows, weight = x.reshape(-1, x.shape[-1]), weight.flatten(1)
     residual = None if residual is None else residual.reshape(-1, len(weight))
     arguments = (rows, weight, bias, norm, scale, residual, dtype)
@@ -121,7 +126,7 @@ def _fwd_kernel(
             found = channel_stats(out) if with_stats else None
         else:
             out, found = _triton().fwd(*arguments, with_stats)
-    out = out.view(*x.shape[:-1], len(weight))
+    out = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))  # may change in place
     return out, out.new_empty(0) if found is None else found
 
 
@@ -133,7 +138,7 @@ def _triton() -> ModuleType:
 
 
 def _fwd_fake(
-    x, weight, bias, stats, gamma, beta, eps, group, scale, residual, with_stats, dtype
+    x, weight, bias, stats, gamma, beta, eps, of_batch, group, scale, residual, with_stats, dtype
 ):  # fmt: skip
     N, dtype = weight.shape[0], dtype if residual is None else residual.dtype
     found = x.new_empty(
@@ -144,7 +149,8 @@ def _fwd_fake(
 
 def _bwd_kernel(
     dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, group: str, scale: Tensor | None, dtype: torch.dtype,
+    beta: Tensor | None, eps: float, of_batch: bool, group: str, scale: Tensor | None,
+    dtype: torch.dtype,
     with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx in x's dtype; gradients of weight, bias, gamma and beta in the weight's.
@@ -152,9 +158,9 @@ def _bwd_kernel(
     Those that are not wanted come with no elements.
     """
     outputs = _bwd_fake(
-        dy, x, weight, stats, gamma, beta, eps, group, scale, dtype, with_dx, with_dw
+        dy, x, weight, stats, gamma, beta, eps, of_batch, group, scale, dtype, with_dx, with_dw
     )
-    norm = Prologue.of(stats, gamma, beta, eps)
+    norm = Prologue.of(stats, gamma, beta, eps, of_batch)
     rows, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1)
     arguments = (dy.reshape(-1, len(weight)), rows, matrix, norm, scale, dtype, group)
     with torch.autocast(x.device.type, enabled=False):
@@ -164,7 +170,9 @@ def _bwd_kernel(
     return fitted(found, outputs)
 
 
-def _bwd_fake(dy, x, weight, stats, gamma, beta, eps, group, scale, dtype, with_dx, with_dw):
+def _bwd_fake(
+    dy, x, weight, stats, gamma, beta, eps, of_batch, group, scale, dtype, with_dx, with_dw
+):
     N, normed = weight.shape[0], with_dw and stats is not None
     channels = x.shape[-1] if normed else 0
     return (
@@ -176,7 +184,9 @@ def _bwd_fake(dy, x, weight, stats, gamma, beta, eps, group, scale, dtype, with_
     )
 
 
-_NORM = "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, str group, Tensor? scale"
+_NORM = (
+    "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, bool of_batch, str group, Tensor? scale"
+)
 _fwd = Operator(
     f"pointwise(Tensor x, Tensor weight, Tensor? bias, {_NORM}, Tensor? residual, bool with_stats,"
     " ScalarType dtype) -> (Tensor, Tensor)",
@@ -193,12 +203,25 @@ _bwd = Operator(
 class _Fwd(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, weight, bias, stats, gamma, beta, eps, group, scale, residual, with_stats, dtype
+        ctx, x, weight, bias, stats, gamma, beta, eps, of_batch, group, scale, residual,
+        with_stats, dtype
     ):  # fmt: skip
         ctx.save_for_backward(x, weight, stats, gamma, beta, scale)
-        ctx.rest = eps, group, dtype
+        ctx.rest = eps, of_batch, group, dtype
         y, found = _fwd.below_autograd(
-            x, weight, bias, stats, gamma, beta, eps, group, scale, residual, with_stats, dtype
+            x,
+            weight,
+            bias,
+            stats,
+            gamma,
+            beta,
+            eps,
+            of_batch,
+            group,
+            scale,
+            residual,
+            with_stats,
+            dtype,
         )
         ctx.mark_non_differentiable(found)
         return y, found
@@ -207,18 +230,30 @@ class _Fwd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, _):
         x, weight, stats, gamma, beta, scale = ctx.saved_tensors
-        eps, group, dtype = ctx.rest
+        eps, of_batch, group, dtype = ctx.rest
         wanted = ctx.needs_input_grad
         for_x, for_weight, for_bias, _, for_gamma, for_beta, *_, for_residual, _, _ = wanted
         dx = dw = db = dgamma = dbeta = None
         with_dw = for_weight or for_bias or for_gamma or for_beta
         if for_x or with_dw:
             dx, dw, db, dgamma, dbeta = _bwd(
-                dy, x, weight, stats, gamma, beta, eps, group, scale, dtype, for_x, with_dw
+                dy,
+                x,
+                weight,
+                stats,
+                gamma,
+                beta,
+                eps,
+                of_batch,
+                group,
+                scale,
+                dtype,
+                for_x,
+                with_dw,
             )
         return (
             dx if for_x else None, dw if for_weight else None, db if for_bias else None, None,
-            dgamma if for_gamma else None, dbeta if for_beta else None, None, None, None,
+            dgamma if for_gamma else None, dbeta if for_beta else None, None, None, None, None,
             dy if for_residual else None, None, None,
         )  # fmt: skip
 
@@ -243,17 +278,18 @@ def pointwise(
 ) -> Tensor:  # fmt: skip
     """Mix the channels of every token: residual + scale * (norm(x) @ weight.T + bias).
 
-    Differentiable once, with respect to x, weight, bias, the norm's weight and bias, and the
-    residual; the gradient of x goes through the norm's statistics too. Under autocast the product
-    is made in its dtype, while x is normalised, and the residual added, in their own.
+    Differentiable once (under `backend("reference")` twice), with respect to x, weight, bias, the
+    norm's weight and bias, and the residual; the gradient of x goes through the norm's statistics
+    too. Under autocast the product is made in its dtype, while x is normalised, and the residual
+    added, in their own.
 
     Args:
         x: (B, ..., K), fp32, fp16, bf16 or fp64.
         weight: (N, K), or (N, K, 1, 1, 1) as of an nn.Conv3d; of x's dtype, or fp32.
-        bias: (N,), of the weight's dtype.
-        norm: BatchNorm of x in training mode; `Norm.stats` are x's, as `channel_stats`,
+        bias: (N,), likewise.
+        norm: BatchNorm of x; in training mode `Norm.stats` are x's, as `channel_stats`,
             `dwconv3d_stats` and `pointwise_stats` give them.
-        scale: (B,), factor on the result for each clip.
+        scale: (B,), factor on the result for each clip; it gets no gradient.
         residual: (B, ..., N), added last.
 
     Returns:
@@ -271,6 +307,8 @@ def pointwise_stats(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`pointwise`, and what a BatchNorm after it needs to know, without a pass of its own.
 
+    Arguments are those of `pointwise`.
+
     Returns:
         The result of `pointwise`, and (2, N): mean and biased variance of its channels, in fp32,
         of fp64 in fp64. They carry no gradient.
@@ -279,7 +317,7 @@ def pointwise_stats(
         ValueError: as `pointwise`; or x has no elements.
     """
     if x.numel() == 0:
-        raise ValueError(f"nothing has no statistics: x is {tuple(x.shape)}")
+        raise ValueError(f"x must have elements to have statistics, got {tuple(x.shape)}")
     return _run(x, weight, bias, norm, scale, residual, True)
 
 
@@ -292,27 +330,37 @@ def _run(
     if plain:
         y = pointwise_ref(x, weight, bias, norm=norm, scale=scale, residual=residual)
         return y, channel_stats(y) if with_stats else y
-    found, gamma, beta, eps, group = norm or (None, None, None, 0.0, "")
-    return _fwd(x, weight, bias, found, gamma, beta, eps, group, scale, residual, with_stats, dtype)
+    found, gamma, beta, eps, of_batch, group = norm or (None, None, None, 0.0, True, "")
+    return _fwd(
+        x,
+        weight,
+        bias,
+        found,
+        gamma,
+        beta,
+        eps,
+        of_batch,
+        group,
+        scale,
+        residual,
+        with_stats,
+        dtype,
+    )
 
 
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, scale: Tensor | None,
     residual: Tensor | None,
 ) -> None:  # fmt: skip
+    _runtime.check_dtypes(x, weight=weight, bias=bias, residual=residual)
     if x.ndim < 2:
         raise ValueError(f"x must be (B, ..., K), got shape {tuple(x.shape)}")
-    if weight.ndim < 2 or weight[0].numel() != x.shape[-1] or weight.shape[1] != x.shape[-1]:
+    N, K = weight.shape[0] if weight.ndim else 0, x.shape[-1]
+    if weight.shape not in ((N, K), (N, K, 1, 1, 1)) or N == 0:
         raise ValueError(
-            f"weight must be (N, {x.shape[-1]}), the last size of x, or with sizes of 1 behind, "
-            f"got {tuple(weight.shape)}"
+            f"weight must be (N, {K}) or (N, {K}, 1, 1, 1), channels being the last axis of x "
+            f"{tuple(x.shape)}, got {tuple(weight.shape)}"
         )
-    _runtime.check_dtypes(x, weight=weight, bias=bias)
-    N = weight.shape[0]
-    shapes = {"bias": (bias, (N,)), "scale": (scale, x.shape[:1])}
-    shapes["residual"] = (residual, (*x.shape[:-1], N))
-    if norm is not None:
-        shapes |= {"norm.stats": (norm.stats, (2, x.shape[-1]))}
-        shapes |= {"norm.weight": (norm.weight, x.shape[-1:])}
-        shapes |= {"norm.bias": (norm.bias, x.shape[-1:])}
-    _runtime.check_shapes(x, shapes)
+    shapes = {"weight": (weight, weight.shape), "bias": (bias, (N,))}
+    _runtime.check_shapes(x, shapes | {"residual": (residual, (*x.shape[:-1], N))})
+    check_norm(norm, x, scale)

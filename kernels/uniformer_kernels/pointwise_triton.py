@@ -24,7 +24,7 @@ from uniformer_kernels._tile import (
     Config,
     block,
     normalised,
-    rows_a_clip,
+    of_clips,
     rows_of,
     splits,
     through_norm,
@@ -192,11 +192,11 @@ def fwd(
     grid, arguments, warps, stages = fwd_config(M, K, N)
     y = x.new_empty(M, N, dtype=dtype if residual is None else residual.dtype)
     tiles = cdiv(M, BLOCK_M)
+    scale, R = of_clips(scale, M)
     stats = x.new_empty(tiles, 3, N, dtype=torch.float32) if with_stats else None
     with _runtime.on_device(x):
         _pointwise_fwd_kernel[grid](
-            x, weight, bias, *(norm or (None,) * 2)[:2], scale, residual, y, stats,
-            M, rows_a_clip(scale, M),
+            x, weight, bias, *(norm or (None,) * 2)[:2], scale, residual, y, stats, M, R,
             **arguments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return y, None if stats is None else merge_stats(stats)
@@ -217,13 +217,13 @@ def bwd(
     (M, K), N = x.shape, len(weight)
     grid, arguments, warps, stages = bwd_input_config(M, K, N)
     dx = x.new_empty(x.shape)
+    scale, R = of_clips(scale, M)
     through: tuple = (None,) * 5
     if norm is not None:
         weight, through = weight * norm.gamma, (x, *norm[:2], *sums.through(norm, M, group))
     with _runtime.on_device(x):
         _pointwise_bwd_input_kernel[grid](
-            dy, weight.to(dtype).contiguous(), *through, scale, dx,
-            M, rows_a_clip(scale, M),
+            dy, weight.to(dtype).contiguous(), *through, scale, dx, M, R,
             **arguments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return dx, sums, db
@@ -234,12 +234,12 @@ def _bwd_weight(
 ) -> tuple[Tensor, Tensor]:
     (M, K), N = x.shape, dy.shape[1]
     grid, arguments, warps, stages = bwd_weight_config(M, K, N, _runtime.multiprocessors(x))
+    scale, R = of_clips(scale, M)
     partial = x.new_empty(grid[1], N, K, dtype=torch.float32)
     partial_bias = x.new_empty(grid[1], N, dtype=torch.float32)
     with _runtime.on_device(x):
         _pointwise_bwd_weight_kernel[grid](
-            dy, x, *(norm or (None,) * 2)[:2], scale, partial, partial_bias,
-            M, rows_a_clip(scale, M),
+            dy, x, *(norm or (None,) * 2)[:2], scale, partial, partial_bias, M, R,
             **arguments, DTYPE=DTYPES[dtype],
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
