@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from benchmarks.machine import DTYPES, OURS, said, statistics, take_turns
 from benchmarks.plain import PlainUniFormer
 from benchmarks.shapes import PASSES
-from uniformer import layers
+from uniformer import layers, local_block
 from uniformer.configs import PRESETS
 from uniformer.flops import count_macs
 from uniformer.model import UniFormer
+from uniformer_kernels import channel_stats
 from uniformer_kernels.dwconv3d import dwconv3d_ref
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
@@ -154,15 +156,20 @@ def providers(run: Run, device: str, compiled: bool) -> dict[str, Callable[[], n
 
 
 def _on(convolution: Callable[..., Tensor], model: Any) -> nn.Module:
-    """The network with another depthwise convolution."""
+    """The network with another depthwise convolution; all else is as it is."""
     forward = model.forward_features
 
+    def with_stats(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        y = convolution(*args, **kwargs)
+        return y, channel_stats(y)
+
     def forward_features(x: Tensor) -> Tensor:
-        before, layers.dwconv3d = layers.dwconv3d, convolution
-        try:
+        with (
+            patch.object(layers, "dwconv3d", convolution),
+            patch.object(local_block, "dwconv3d", convolution),
+            patch.object(local_block, "dwconv3d_stats", with_stats),
+        ):
             return forward(x)
-        finally:
-            layers.dwconv3d = before
 
     model.forward_features = forward_features
     return model

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 
 from benchmarks import bench_model, gpu, harness, machine, run
 from benchmarks.harness import Case, Problem, Provider
+from uniformer.configs import UniFormerConfig
+from uniformer.model import UniFormer
+from uniformer_kernels.dwconv3d import dwconv3d_ref
 
 CEILINGS = {"copy_GBps": 20.0, "fp32_TFLOPs": 0.1, "fp16_TFLOPs": 0.1, "bf16_TFLOPs": 0.2}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -321,3 +325,20 @@ print("fine")
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout == "fine\n", done.stderr
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_network_on_another_convolution_calls_nothing_else(mode):
+    """Two in each of the two local blocks, one in each global one."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return dwconv3d_ref(*args, **kwargs)
+
+    cfg = UniFormerConfig(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), head_dim=8, num_classes=2)
+    model = getattr(UniFormer(cfg), mode)()
+    operators = sys.modules[dwconv3d_ref.__module__]
+    with patch.object(operators, "_fwd", None), patch.object(operators, "_stats", None):
+        bench_model._on(counted, model)(torch.randn(2, 3, 2, 32, 32))
+    assert len(calls) == 2 * 2 + 2
