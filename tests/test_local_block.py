@@ -5,13 +5,14 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.plain import PlainLocalBlock
-from uniformer.configs import UniFormerConfig
+from uniformer.configs import PRESETS, UniFormerConfig
 from uniformer.local_block import LocalBlock
 from uniformer.model import UniFormer
 from uniformer_kernels import backend
@@ -142,9 +143,7 @@ def test_sixteen_bits_err_no_more_than_the_plain_block(dtype, mode):
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_fifty_steps_follow_the_reference(autocast):
     """Same seeds, fused and in plain PyTorch: losses fall alike, running statistics agree."""
-    cfg = UniFormerConfig(
-        num_classes=4, depths=(1, 2, 1, 1), dims=(16, 32, 32, 32), head_dim=16, drop_path_rate=0.1
-    )
+    cfg = replace(PRESETS["uniformer_nano"], num_classes=4, drop_path_rate=0.1)  # the demo's
     means = torch.randn(4, 3, 1, 1, 1)
 
     def train(name):
@@ -364,7 +363,7 @@ PROGRAM = """
 import sys
 import torch, torch.distributed as dist
 from torch import nn
-from uniformer.configs import UniFormerConfig
+from uniformer.configs import PRESETS, UniFormerConfig
 from uniformer.local_block import LocalBlock
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
