@@ -36,6 +36,7 @@ from uniformer_kernels import (
     ffn,
     pointwise,
     pointwise_stats,
+    product_dtype,
     sync_stats,
 )
 
@@ -88,14 +89,14 @@ class LocalBlock(nn.Module):
     def fused(self, x: Tensor) -> Tensor:
         """The same on operators that pass on what the next one needs."""
         x, stats = self._dpe(x)
-        norm, weight, bias = self._normed("norm1", self.conv1, stats, x)
+        norm, weight, bias = _normed(self.norm1, self.conv1, stats, x)
         value = pointwise(x, weight, bias, norm=norm)
         context = dwconv3d(value, self.attn.weight, self.attn.bias)
         run = pointwise_stats if _of_batch(self.norm2) else _without(pointwise)
         x, stats = run(
             context, self.conv2.weight, self.conv2.bias, scale=self.drop_path.draw(x), residual=x
         )
-        norm, weight, bias = self._normed("norm2", self.mlp.fc1, stats, x)
+        norm, weight, bias = _normed(self.norm2, self.mlp.fc1, stats, x)
         fc2 = self.mlp.fc2
         return ffn(
             x, weight, bias, fc2.weight, fc2.bias, norm=norm, scale=self.drop_path.draw(x),
@@ -109,35 +110,27 @@ class LocalBlock(nn.Module):
         run = dwconv3d_stats if _of_batch(self.norm1) else _without(dwconv3d)
         return run(x, self.pos_embed.weight, self.pos_embed.bias, residual=True)
 
-    def _normed(
-        self, name: str, conv: Any, stats: Tensor | None, x: Tensor
-    ) -> tuple[Norm | None, Tensor, Tensor | None]:
-        """The norm to apply before `conv`, and the weight and bias of that."""
-        norm = getattr(self, name)
-        if stats is not None:
-            return _from_batch(norm, stats, x), conv.weight, conv.bias
-        if _in_16_bits(x):  # x itself may be too far from its mean to be rounded
-            running = torch.stack([norm.running_mean, norm.running_var])
-            return Norm(running, norm.weight, norm.bias, norm.eps, False), conv.weight, conv.bias
-        return None, *_folded(norm, conv)
-
 
 def _without(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
     """An operator that might have given statistics, and does not."""
     return lambda *args, **kwargs: (op(*args, **kwargs), None)
 
 
-def _in_16_bits(x: Tensor) -> bool:
-    """Whether products of x are made in 16 bits."""
-    device = x.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device).itemsize == 2 and x.dtype != torch.float64
-    return x.dtype.itemsize == 2
-
-
 def _of_batch(norm: nn.Module) -> bool:
     """Whether a BatchNorm takes the statistics of the batch now."""
     return norm.training or norm.running_mean is None
+
+
+def _normed(
+    norm: Any, conv: Any, stats: Tensor | None, x: Tensor
+) -> tuple[Norm | None, Tensor, Tensor | None]:
+    """The norm to apply before `conv`, and the weight and bias of that."""
+    if stats is not None:
+        return _from_batch(norm, stats, x), conv.weight, conv.bias
+    if product_dtype(x).itemsize == 2:  # x itself may be too far from its mean to be rounded
+        running = torch.stack([norm.running_mean, norm.running_var])
+        return Norm(running, norm.weight, norm.bias, norm.eps, False), conv.weight, conv.bias
+    return None, *_folded(norm, conv)
 
 
 def _from_batch(norm: Any, stats: Tensor, x: Tensor) -> Norm:

@@ -1,7 +1,13 @@
 """The operators of UniFormer. Knows torch and triton, nothing of models."""
 
 from uniformer_kernels._norm import Norm, channel_stats, sync_stats
-from uniformer_kernels._runtime import announce, backend, current_backend, report
+from uniformer_kernels._runtime import (
+    announce,
+    backend,
+    current_backend,
+    product_dtype,
+    report,
+)
 from uniformer_kernels.attention import attention
 from uniformer_kernels.dwconv3d import MAX_KERNEL, dwconv3d, dwconv3d_stats
 from uniformer_kernels.ffn import ffn
@@ -20,6 +26,7 @@ __all__ = [
     "ffn",
     "pointwise",
     "pointwise_stats",
+    "product_dtype",
     "report",
     "sync_stats",
 ]

@@ -7,8 +7,7 @@ and at 137 on all 25,088 of them, whose 26 MB are fetched from the system and gi
 an erf-GELU takes 2 ms instead of 8 (two threads, fp32, 64 to 256 channels).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Prologue, Sums
 
 __all__ = [
-    "Chunks", "accumulate", "compute_dtype", "finish", "fitted", "per_row", "prepare",
-    "product", "serves", "through_norm",
+    "Chunks", "accumulate", "compute_dtype", "fitted", "per_row", "prepare", "product",
+    "product_into", "serves", "some", "through_norm",
 ]  # fmt: skip
 
 ROWS = {2: 4096, 4: 1024, 8: 512}  # by bytes an element; 16-bit products want more to start well
@@ -32,12 +31,9 @@ def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def prepare(op: str, x: Tensor) -> tuple[torch.dtype, bool]:
     """In which dtype products of x are to be made, and whether in plain PyTorch."""
-    dtype, device = x.dtype, x.device.type
-    known = device in ("cpu", "cuda")
-    if known and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    known = x.device.type in ("cpu", "cuda")
     plain = not known or x.numel() == 0 or _runtime.current_backend() == "reference"
-    return dtype, plain or _runtime.under_torch_func(op)
+    return _runtime.product_dtype(x), plain or _runtime.under_torch_func(op)
 
 
 def serves(op: str, x: Tensor, dtype: torch.dtype) -> bool:
@@ -66,6 +62,26 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> T
     return torch.addmm(bias, x, weight, out=out)
 
 
+def product_into(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor,
+    residual: Tensor | None = None, scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """y = residual + scale * product, by way of `buffer` where y is of another dtype."""
+    direct = y.dtype == x.dtype
+    out = product(x, weight, bias, y if direct else buffer)
+    if scale is not None:
+        out.mul_(scale)
+    if residual is not None:
+        torch.add(residual, out, out=y)
+    elif not direct:
+        y.copy_(out)
+
+
+def some(t: Tensor | None, rows: slice) -> Tensor | None:
+    """Those rows, of what there may be."""
+    return None if t is None else t[rows]
+
+
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add the product of a and b to a total that may be more exact than they are."""
     if total.dtype == a.dtype:
@@ -89,6 +105,10 @@ class Chunks:
         """For a chunk's rows of `width` elements."""
         return self.x.new_empty(self.step, width, dtype=dtype or self.dtype)
 
+    def gradient(self, dy: Tensor, scale: Tensor | None) -> Tensor:
+        """Of the product, from that of the result, in the product's dtype."""
+        return (dy if scale is None else dy * scale).to(self.dtype)
+
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         norm, x, width = self.norm, self.x, self.x.shape[1]
         wide = cast = shift = x
@@ -106,19 +126,6 @@ class Chunks:
             yield rows, part
 
 
-def finish(
-    out: Tensor, y: Tensor, residual: Tensor | None = None, scale: Tensor | None = None,
-    rows: slice | None = None,
-) -> None:  # fmt: skip
-    """y = residual + scale * out, where `out` may be y itself; `scale` is of all rows."""
-    if scale is not None:
-        out = out.mul_(scale[rows])
-    if residual is not None:
-        torch.add(residual, out, out=y)
-    elif out.data_ptr() != y.data_ptr():
-        y.copy_(out)
-
-
 def through_norm(g: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str) -> None:
     """g (M, C), the gradient of xhat, becomes that of x."""
     shift, slope = sums.through(norm, len(x), group)
@@ -132,9 +139,8 @@ def through_norm(g: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str) -
             g[rows] = (g[rows] - shift) * norm.rstd + d * slope
 
 
-def fitted(found: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Any:
-    """Gradients in the shapes and dtypes of `outputs`; those without elements are not wanted."""
-    return tuple(
-        out if got is None or out.numel() == 0 else got.view(out.shape).to(out.dtype)
-        for got, out in zip(found, outputs, strict=True)
-    )
+def fitted(found: Tensor | None, like: Tensor, wanted: bool) -> Tensor:
+    """A gradient in `like`'s shape and dtype; without elements where it is not wanted."""
+    if not wanted or found is None:
+        return like.new_empty(0)
+    return found.view(like.shape).to(like.dtype)

@@ -23,7 +23,10 @@ from torch import Tensor
 
 from uniformer_kernels import _runtime
 
-__all__ = ["Norm", "Prologue", "Sums", "channel_stats", "check_norm", "merge_stats", "sync_stats"]
+__all__ = [
+    "NO_NORM", "SCHEMA", "Norm", "Prologue", "Sums", "batch_norm_ref", "channel_stats",
+    "check_norm", "merge_stats", "sync_stats",
+]  # fmt: skip
 
 
 class Norm(NamedTuple):
@@ -65,6 +68,11 @@ def check_norm(norm: Norm | None, x: Tensor, scale: Tensor | None) -> None:
     for name, t in known.items():
         if t is not None and t.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} gets no gradient, but requires one: detach it")
+
+
+# A Norm as arguments of an operator, and what stands for none.
+SCHEMA = "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, bool of_batch, str group"
+NO_NORM = (None, None, None, 0.0, True, "")
 
 
 class Prologue(NamedTuple):

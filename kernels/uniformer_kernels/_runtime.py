@@ -24,7 +24,7 @@ __all__ = [
     "BACKENDS", "announce", "autocast_dtype", "backend", "check_dtypes", "check_shapes",
     "current_backend",
     "functorch_is_active", "int64s", "interpreting", "library", "multiprocessors",
-    "native_library", "on_device", "parallel_for", "pointer", "register", "report",
+    "native_library", "on_device", "parallel_for", "pointer", "product_dtype", "register", "report",
     "serving", "shared_memory", "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
 
@@ -184,16 +184,22 @@ def check_dtypes(x: torch.Tensor, **parameters: torch.Tensor | None) -> None:
         )
     for name, t in parameters.items():
         _check_tensor(name, t)
-        if t is not None and t.dtype not in (x.dtype, torch.float32, *autocast_dtype(x)):
+        if t is not None and t.dtype not in (x.dtype, torch.float32, autocast_dtype(x)):
             raise ValueError(f"{name} must be of x's dtype or fp32, got {t.dtype} for x {x.dtype}")
 
 
-def autocast_dtype(x: torch.Tensor) -> tuple[torch.dtype, ...]:
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """What autocast would cast x to, if it is enabled."""
     device = x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return ()
-    return (torch.get_autocast_dtype(device),)
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which products of x are made: autocast's, which leaves fp64 alone, or x's own."""
+    cast = autocast_dtype(x)
+    return x.dtype if cast is None or x.dtype == torch.float64 else cast
 
 
 def _check_tensor(name: str, t: Any) -> None:

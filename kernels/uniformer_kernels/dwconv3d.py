@@ -340,10 +340,8 @@ def dwconv3d_stats(
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> tuple[Tensor, bool]:
     """x as autocast has it, and whether to run in plain PyTorch."""
     _check(x, weight, bias)
-    device = x.device.type
-    known = device in ("cpu", "cuda")
-    if known and torch.is_autocast_enabled(device) and not residual and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = x if residual else x.to(_runtime.product_dtype(x))
+    known = x.device.type in ("cpu", "cuda")
     plain = not known or x.dtype == torch.float64 or _runtime.current_backend() == "reference"
     return x, x.numel() > 0 and (plain or _runtime.under_torch_func("dwconv3d"))
 

@@ -25,15 +25,24 @@ from uniformer_kernels._chunked import (
     Chunks,
     accumulate,
     compute_dtype,
-    finish,
     fitted,
     per_row,
     prepare,
     product,
+    product_into,
     serves,
+    some,
     through_norm,
 )
-from uniformer_kernels._norm import Norm, Prologue, Sums, batch_norm_ref, check_norm
+from uniformer_kernels._norm import (
+    NO_NORM,
+    SCHEMA,
+    Norm,
+    Prologue,
+    Sums,
+    batch_norm_ref,
+    check_norm,
+)
 from uniformer_kernels._operator import Operator
 
 __all__ = ["ffn", "ffn_ref"]
@@ -72,12 +81,12 @@ def _fwd_chunked(
     w1, b1 = (w1, b1) if norm is None else norm.fold(w1, b1)
     w1, w2 = w1.to(chunks.dtype).t(), w2.to(chunks.dtype).t()
     b1, b2 = (None if b is None else b.to(chunks.dtype) for b in (b1, b2))
-    scale, direct = per_row(scale, len(x)), y.dtype == chunks.dtype
-    hidden, buffer = chunks.buffer(w1.shape[1]), y if direct else chunks.buffer(y.shape[1])
+    scale = per_row(scale, len(x))
+    hidden, buffer = chunks.buffer(w1.shape[1]), chunks.buffer(y.shape[1])
     for rows, xhat in chunks:
         a = torch.ops.aten.gelu_(product(xhat, w1, b1, hidden))
-        out = product(a, w2, b2, y[rows] if direct else buffer)
-        finish(out, y[rows], x[rows] if residual else None, scale, rows)
+        added = x[rows] if residual else None
+        product_into(y[rows], a, w2, b2, buffer, added, some(scale, rows))
     return y
 
 
@@ -97,7 +106,7 @@ def _bwd_chunked(
     bias, scale = None if bias is None else bias.to(chunks.dtype), per_row(scale, len(x))
     hidden, slope, buffer = (chunks.buffer(width) for width in (len(w1), len(w1), x.shape[1]))
     for rows, xhat in chunks:
-        d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(chunks.dtype)
+        d = chunks.gradient(dy[rows], some(scale, rows))
         h = product(xhat, c1.t(), bias, hidden)
         dh = product(d, c2, None, slope)
         torch.ops.aten.gelu_backward.grad_input(dh, h, grad_input=dh)
@@ -108,7 +117,7 @@ def _bwd_chunked(
             accumulate(dw2, d.t(), torch.ops.aten.gelu_(h))
             db2 += d.sum(0, dtype=exact)
         if dx is not None:
-            finish(product(dh, c1, None, dx[rows] if dx.dtype == d.dtype else buffer), dx[rows])
+            product_into(dx[rows], dh, c1, None, buffer)
     sums = Sums.of(G, db1, w1, norm)
     if dx is not None and norm is not None:
         through_norm(dx, x, norm, sums, group)
@@ -123,8 +132,7 @@ def _bwd_chunked(
 def _fwd_kernel(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, stats: Tensor | None,
     gamma: Tensor | None, beta: Tensor | None, eps: float, of_batch: bool, group: str,
-    scale: Tensor | None,
-    residual: bool, dtype: torch.dtype,
+    scale: Tensor | None, residual: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     norm, rows = Prologue.of(stats, gamma, beta, eps, of_batch), x.reshape(-1, x.shape[-1])
     run = _fwd_chunked if serves("ffn", x, dtype) else _triton().fwd
@@ -149,40 +157,30 @@ def _fwd_fake(
 def _bwd_kernel(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, stats: Tensor | None,
     gamma: Tensor | None, beta: Tensor | None, eps: float, of_batch: bool, group: str,
-    scale: Tensor | None,
-    residual: bool, dtype: torch.dtype, with_dx: bool, with_dw: bool,
+    scale: Tensor | None, residual: bool, dtype: torch.dtype, with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx in x's dtype; gradients of w1, b1, w2, b2, gamma and beta in the weights'.
 
     Those that are not wanted come with no elements.
     """
-    outputs = _bwd_fake(
-        dy,
-        x,
-        w1,
-        b1,
-        w2,
-        stats,
-        gamma,
-        beta,
-        eps,
-        of_batch,
-        group,
-        scale,
-        residual,
-        dtype,
-        with_dx,
-        with_dw,
-    )
     norm, C = Prologue.of(stats, gamma, beta, eps, of_batch), x.shape[-1]
+    m1, m2 = w1.flatten(1), w2.flatten(1)
     run = _bwd_chunked if serves("ffn", x, dtype) else _triton().bwd
     with torch.autocast(x.device.type, enabled=False):
         dx, sums, db1, dw2, db2 = run(
-            dy.reshape(-1, C), x.reshape(-1, C), w1.flatten(1), b1, w2.flatten(1), norm, scale,
-            residual, dtype, group, with_dx, with_dw,
+            dy.reshape(-1, C), x.reshape(-1, C), m1, b1, m2, norm, scale, residual, dtype, group,
+            with_dx, with_dw,
         )  # fmt: skip
-    found = (dx, sums.weight, db1, dw2, db2, sums.gamma, sums.beta)
-    return fitted(found, outputs)
+    normed = with_dw and norm is not None
+    return (
+        fitted(dx, x, with_dx),
+        fitted(sums.weight, w1, with_dw),
+        fitted(db1, m1[:, 0], with_dw),
+        fitted(dw2, w2, with_dw),
+        fitted(db2, m2[:, 0], with_dw),
+        fitted(sums.gamma, m1[0], normed),
+        fitted(sums.beta, m1[0], normed),
+    )
 
 
 def _bwd_fake(
@@ -202,17 +200,14 @@ def _bwd_fake(
     )
 
 
-_NORM = (
-    "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, bool of_batch, str group, Tensor? scale"
-)
 _fwd = Operator(
-    f"ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, {_NORM}, bool residual,"
-    " ScalarType dtype) -> Tensor",
+    f"ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, {SCHEMA}, Tensor? scale,"
+    " bool residual, ScalarType dtype) -> Tensor",
     _fwd_kernel, _fwd_fake,
 )  # fmt: skip
 _bwd = Operator(
-    f"ffn_bwd(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, {_NORM}, bool residual,"
-    " ScalarType dtype, bool with_dx, bool with_dw)"
+    f"ffn_bwd(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, {SCHEMA}, Tensor? scale,"
+    " bool residual, ScalarType dtype, bool with_dx, bool with_dw)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_kernel, _bwd_fake,
 )  # fmt: skip
@@ -221,27 +216,20 @@ _bwd = Operator(
 @_fwd.differentiable
 class _Fwd(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, w1, b1, w2, b2, stats, gamma, beta, eps, of_batch, group, scale, residual, dtype
-    ):  # fmt: skip
+    def forward(ctx, *args):
+        x, w1, b1, w2, _, stats, gamma, beta, *constants, scale, residual, dtype = args
         ctx.save_for_backward(x, w1, b1, w2, stats, gamma, beta, scale)
-        ctx.rest = eps, of_batch, group, residual, dtype
-        return _fwd.below_autograd(
-            x, w1, b1, w2, b2, stats, gamma, beta, eps, of_batch, group, scale, residual, dtype
-        )
+        ctx.rest = constants, residual, dtype
+        return _fwd.below_autograd(*args)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, w1, b1, w2, stats, gamma, beta, scale = ctx.saved_tensors
-        eps, of_batch, group, residual, dtype = ctx.rest
+        *tensors, scale = ctx.saved_tensors  # x, w1, b1, w2, stats, gamma, beta
+        constants, residual, dtype = ctx.rest
         for_x, for_w1, for_b1, for_w2, for_b2, _, for_gamma, for_beta = ctx.needs_input_grad[:8]
         wanted = (for_x, for_w1, for_b1, for_w2, for_b2, for_gamma, for_beta)
-        found = _bwd(
-            dy, x, w1, b1, w2, stats, gamma, beta, eps, of_batch, group, scale, residual, dtype,
-            for_x,
-            any(wanted[1:]),
-        )  # fmt: skip
+        found = _bwd(dy, *tensors, *constants, scale, residual, dtype, for_x, any(wanted[1:]))
         dx, dw1, db1, dw2, db2, dgamma, dbeta = (
             g if want else None for g, want in zip(found, wanted, strict=True)
         )
@@ -294,8 +282,7 @@ def ffn(
     wide = x.is_cuda and x.shape[-1] > WIDEST and _runtime.current_backend() != "triton"
     if plain or wide:
         return ffn_ref(x, w1, b1, w2, b2, norm=norm, scale=scale, residual=residual)
-    found, gamma, beta, eps, of_batch, group = norm or (None, None, None, 0.0, True, "")
-    return _fwd(x, w1, b1, w2, b2, found, gamma, beta, eps, of_batch, group, scale, residual, dtype)
+    return _fwd(x, w1, b1, w2, b2, *(norm or NO_NORM), scale, residual, dtype)
 
 
 def _check(

@@ -25,15 +25,17 @@ from uniformer_kernels._chunked import (
     Chunks,
     accumulate,
     compute_dtype,
-    finish,
     fitted,
     per_row,
     prepare,
-    product,
+    product_into,
     serves,
+    some,
     through_norm,
 )
 from uniformer_kernels._norm import (
+    NO_NORM,
+    SCHEMA,
     Norm,
     Prologue,
     Sums,
@@ -75,11 +77,9 @@ def _fwd_chunked(
     weight, bias = (weight, bias) if norm is None else norm.fold(weight, bias)
     weight, scale = weight.to(chunks.dtype).t(), per_row(scale, len(x))
     bias = None if bias is None else bias.to(chunks.dtype)
-    direct = y.dtype == chunks.dtype
-    buffer = y if direct else chunks.buffer(y.shape[1])
+    buffer = chunks.buffer(y.shape[1])
     for rows, xhat in chunks:
-        out = product(xhat, weight, bias, y[rows] if direct else buffer)
-        finish(out, y[rows], None if residual is None else residual[rows], scale, rows)
+        product_into(y[rows], xhat, weight, bias, buffer, some(residual, rows), some(scale, rows))
     return y
 
 
@@ -95,12 +95,12 @@ def _bwd_chunked(
     cast = (weight if norm is None else weight * norm.gamma).to(chunks.dtype)
     buffer, scale = chunks.buffer(x.shape[1]), per_row(scale, len(x))
     for rows, xhat in chunks:
-        d = (dy[rows] if scale is None else dy[rows] * scale[rows]).to(chunks.dtype)
+        d = chunks.gradient(dy[rows], some(scale, rows))
         if with_dw or norm is not None:
             accumulate(G, d.t(), xhat)
             db += d.sum(0, dtype=exact)
         if dx is not None:
-            finish(product(d, cast, None, dx[rows] if dx.dtype == d.dtype else buffer), dx[rows])
+            product_into(dx[rows], d, cast, None, buffer)
     sums = Sums.of(G, db, weight, norm)
     if dx is not None and norm is not None:
         through_norm(dx, x, norm, sums, group)
@@ -113,8 +113,7 @@ def _bwd_chunked(
 def _fwd_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, eps: float, of_batch: bool, group: str, scale: Tensor | None,
-    residual: Tensor | None,
-    with_stats: bool, dtype: torch.dtype,
+    residual: Tensor | None, with_stats: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     norm = Prologue.of(stats, gamma, beta, eps, of_batch)
     rows, weight = x.reshape(-1, x.shape[-1]), weight.flatten(1)
@@ -150,24 +149,26 @@ def _fwd_fake(
 def _bwd_kernel(
     dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, eps: float, of_batch: bool, group: str, scale: Tensor | None,
-    dtype: torch.dtype,
-    with_dx: bool, with_dw: bool,
+    dtype: torch.dtype, with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx in x's dtype; gradients of weight, bias, gamma and beta in the weight's.
 
     Those that are not wanted come with no elements.
     """
-    outputs = _bwd_fake(
-        dy, x, weight, stats, gamma, beta, eps, of_batch, group, scale, dtype, with_dx, with_dw
-    )
     norm = Prologue.of(stats, gamma, beta, eps, of_batch)
     rows, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1)
     arguments = (dy.reshape(-1, len(weight)), rows, matrix, norm, scale, dtype, group)
     with torch.autocast(x.device.type, enabled=False):
         run = _bwd_chunked if serves("pointwise", x, dtype) else _triton().bwd
         dx, sums, db = run(*arguments, with_dx, with_dw)
-    found = (dx, sums.weight, db, sums.gamma, sums.beta)
-    return fitted(found, outputs)
+    normed = with_dw and norm is not None
+    return (
+        fitted(dx, x, with_dx),
+        fitted(sums.weight, weight, with_dw),
+        fitted(db, matrix[:, 0], with_dw),
+        fitted(sums.gamma, matrix[0], normed),
+        fitted(sums.beta, matrix[0], normed),
+    )
 
 
 def _bwd_fake(
@@ -184,17 +185,14 @@ def _bwd_fake(
     )
 
 
-_NORM = (
-    "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, bool of_batch, str group, Tensor? scale"
-)
 _fwd = Operator(
-    f"pointwise(Tensor x, Tensor weight, Tensor? bias, {_NORM}, Tensor? residual, bool with_stats,"
-    " ScalarType dtype) -> (Tensor, Tensor)",
+    f"pointwise(Tensor x, Tensor weight, Tensor? bias, {SCHEMA}, Tensor? scale,"
+    " Tensor? residual, bool with_stats, ScalarType dtype) -> (Tensor, Tensor)",
     _fwd_kernel, _fwd_fake,
 )  # fmt: skip
 _bwd = Operator(
-    f"pointwise_bwd(Tensor dy, Tensor x, Tensor weight, {_NORM}, ScalarType dtype, bool with_dx,"
-    " bool with_dw) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"pointwise_bwd(Tensor dy, Tensor x, Tensor weight, {SCHEMA}, Tensor? scale,"
+    " ScalarType dtype, bool with_dx, bool with_dw) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_kernel, _bwd_fake,
 )  # fmt: skip
 
@@ -202,55 +200,25 @@ _bwd = Operator(
 @_fwd.differentiable
 class _Fwd(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, weight, bias, stats, gamma, beta, eps, of_batch, group, scale, residual,
-        with_stats, dtype
-    ):  # fmt: skip
+    def forward(ctx, *args):
+        x, weight, _, stats, gamma, beta, *constants, scale, _, _, dtype = args
         ctx.save_for_backward(x, weight, stats, gamma, beta, scale)
-        ctx.rest = eps, of_batch, group, dtype
-        y, found = _fwd.below_autograd(
-            x,
-            weight,
-            bias,
-            stats,
-            gamma,
-            beta,
-            eps,
-            of_batch,
-            group,
-            scale,
-            residual,
-            with_stats,
-            dtype,
-        )
+        ctx.rest = constants, dtype
+        y, found = _fwd.below_autograd(*args)
         ctx.mark_non_differentiable(found)
         return y, found
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, _):
-        x, weight, stats, gamma, beta, scale = ctx.saved_tensors
-        eps, of_batch, group, dtype = ctx.rest
+        *tensors, scale = ctx.saved_tensors  # x, weight, stats, gamma, beta
+        constants, dtype = ctx.rest
         wanted = ctx.needs_input_grad
         for_x, for_weight, for_bias, _, for_gamma, for_beta, *_, for_residual, _, _ = wanted
         dx = dw = db = dgamma = dbeta = None
         with_dw = for_weight or for_bias or for_gamma or for_beta
         if for_x or with_dw:
-            dx, dw, db, dgamma, dbeta = _bwd(
-                dy,
-                x,
-                weight,
-                stats,
-                gamma,
-                beta,
-                eps,
-                of_batch,
-                group,
-                scale,
-                dtype,
-                for_x,
-                with_dw,
-            )
+            dx, dw, db, dgamma, dbeta = _bwd(dy, *tensors, *constants, scale, dtype, for_x, with_dw)
         return (
             dx if for_x else None, dw if for_weight else None, db if for_bias else None, None,
             dgamma if for_gamma else None, dbeta if for_beta else None, None, None, None, None,
@@ -330,22 +298,7 @@ def _run(
     if plain:
         y = pointwise_ref(x, weight, bias, norm=norm, scale=scale, residual=residual)
         return y, channel_stats(y) if with_stats else y
-    found, gamma, beta, eps, of_batch, group = norm or (None, None, None, 0.0, True, "")
-    return _fwd(
-        x,
-        weight,
-        bias,
-        found,
-        gamma,
-        beta,
-        eps,
-        of_batch,
-        group,
-        scale,
-        residual,
-        with_stats,
-        dtype,
-    )
+    return _fwd(x, weight, bias, *(norm or NO_NORM), scale, residual, with_stats, dtype)
 
 
 def _check(
