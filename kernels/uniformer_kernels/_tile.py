@@ -20,12 +20,16 @@ __all__ = [
     "block",
     "gelu",
     "gelu_and_slope",
-    "normalised",
     "of_clips",
     "once",
+    "plain",
     "rows_of",
+    "scaled",
     "splits",
+    "store_rows",
     "through_norm",
+    "transposed",
+    "xhat_of",
 ]  # fmt: skip
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -43,11 +47,45 @@ def rows_of(X, m, M, c, C: tl.constexpr):
 
 
 @triton.jit
-def normalised(x, Mean, Rstd, c, C: tl.constexpr):
-    """xhat; zeros beyond C, but not beyond M."""
-    mean = tl.load(Mean + c, mask=c < C, other=0.0)
-    rstd = tl.load(Rstd + c, mask=c < C, other=0.0)
-    return (x - mean[None, :]) * rstd[None, :]
+def xhat_of(X, m, M, Mean, Rstd, c, C: tl.constexpr):
+    """Those rows normalised where there is a norm; then zeros beyond C, but not beyond M."""
+    x = rows_of(X, m, M, c, C)
+    if Mean is not None:
+        mean = tl.load(Mean + c, mask=c < C, other=0.0)
+        rstd = tl.load(Rstd + c, mask=c < C, other=0.0)
+        x = (x - mean[None, :]) * rstd[None, :]
+    return x
+
+
+@triton.jit
+def store_rows(y, Y, m, M, c, C: tl.constexpr):
+    """Rows m of Y (M, C), channels c."""
+    at = Y + m.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(at, y.to(Y.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def scaled(x, Scale, m, M, R):
+    """Rows times the number of their clip, of R rows, where there is one."""
+    if Scale is not None:
+        x *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    return x
+
+
+@triton.jit
+def plain(Weight, a, A: tl.constexpr, b, B: tl.constexpr):
+    """Tile (a, b) of Weight (A, B)."""
+    return tl.load(
+        Weight + a[:, None] * B + b[None, :], mask=(a < A)[:, None] & (b < B)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def transposed(Weight, a, A: tl.constexpr, b, B: tl.constexpr):
+    """Tile (b, a) of Weight (A, B)."""
+    return tl.load(
+        Weight + a[None, :] * B + b[:, None], mask=(a < A)[None, :] & (b < B)[:, None], other=0.0
+    )
 
 
 @triton.jit

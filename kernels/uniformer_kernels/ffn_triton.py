@@ -28,12 +28,16 @@ from uniformer_kernels._tile import (
     block,
     gelu,
     gelu_and_slope,
-    normalised,
     of_clips,
     once,
+    plain,
     rows_of,
+    scaled,
     splits,
+    store_rows,
     through_norm,
+    transposed,
+    xhat_of,
 )
 
 __all__ = ["bwd", "bwd_input_config", "bwd_weight_config", "fwd", "fwd_config"]
@@ -43,25 +47,9 @@ __all__ = ["bwd", "bwd_input_config", "bwd_weight_config", "fwd", "fwd_config"]
 
 
 @triton.jit
-def _transposed(Weight, a, A: tl.constexpr, b, B: tl.constexpr):
-    """Tile (b, a) of Weight (A, B)."""
-    return tl.load(
-        Weight + a[None, :] * B + b[:, None], mask=(a < A)[None, :] & (b < B)[:, None], other=0.0
-    )
-
-
-@triton.jit
-def _plain(Weight, a, A: tl.constexpr, b, B: tl.constexpr):
-    """Tile (a, b) of Weight (A, B)."""
-    return tl.load(
-        Weight + a[:, None] * B + b[None, :], mask=(a < A)[:, None] & (b < B)[None, :], other=0.0
-    )
-
-
-@triton.jit
 def _hidden(z, W1, B1, f, c, C: tl.constexpr, F: tl.constexpr):
     """Channels f of the hidden layer before its GELU, in fp32."""
-    h = tl.dot(z, _transposed(W1, f, F, c, C), input_precision="ieee")
+    h = tl.dot(z, transposed(W1, f, F, c, C), input_precision="ieee")
     if B1 is not None:
         h += tl.load(B1 + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
     return h
@@ -78,26 +66,22 @@ def _ffn_fwd_kernel(
     """W1 is (F, C), W2 (C, F)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_C)
-    x = rows_of(X, m, M, c, C)
-    if Mean is not None:
-        x = normalised(x, Mean, Rstd, c, C)
+    x = xhat_of(X, m, M, Mean, Rstd, c, C)
     z = x.to(W1.dtype.element_ty)
 
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for f0 in range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
         a = gelu(_hidden(z, W1, B1, f, c, C, F))
-        w2 = _transposed(W2, c, C, f, F)  # (BLOCK_F, BLOCK_C)
+        w2 = transposed(W2, c, C, f, F)  # (BLOCK_F, BLOCK_C)
         acc = tl.dot(a.to(w2.dtype), w2, acc, input_precision="ieee")
 
     if B2 is not None:
         acc += tl.load(B2 + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    if Scale is not None:
-        acc *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    acc = scaled(acc, Scale, m, M, R)
     if RESIDUAL:
         acc += rows_of(X, m, M, c, C)
-    at = Y + m.to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(at, acc.to(Y.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
+    store_rows(acc, Y, m, M, c, C)
 
 
 @triton.jit
@@ -117,19 +101,16 @@ def _ffn_bwd_weight_kernel(
     db1 = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     for first in range(split * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
-        x = rows_of(X, m, M, c, C)
-        if Mean is not None:
-            x = normalised(x, Mean, Rstd, c, C)
+        x = xhat_of(X, m, M, Mean, Rstd, c, C)
         x = once(x).to(W1.dtype.element_ty)
         h = _hidden(x, W1, B1, f, c, C, F)
         a, slope = gelu_and_slope(h)
 
         dy = rows_of(DY, m, M, c, C)  # zeros beyond M, hence no gradient from there
-        if Scale is not None:
-            dy *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+        dy = scaled(dy, Scale, m, M, R)
         dy = once(dy).to(W2.dtype.element_ty)
         dw2 = tl.dot(tl.trans(dy), a.to(dy.dtype), dw2, input_precision="ieee")
-        dh = tl.dot(dy, _plain(W2, c, C, f, F), input_precision="ieee") * slope
+        dh = tl.dot(dy, plain(W2, c, C, f, F), input_precision="ieee") * slope
         db1 += dh
         dh = tl.trans(dh.to(dy.dtype))
         dw1 = tl.dot(dh, x, dw1, input_precision="ieee")
@@ -154,13 +135,10 @@ def _ffn_bwd_input_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_C)
     dy = rows_of(DY, m, M, c, C)
-    if Scale is not None:
-        dy *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    dy = scaled(dy, Scale, m, M, R)
     partial = PartialBias2 + tl.program_id(0).to(tl.int64) * C + c
     tl.store(partial, tl.sum(dy, axis=0), mask=c < C)
-    x = rows_of(X, m, M, c, C)
-    if Mean is not None:
-        x = normalised(x, Mean, Rstd, c, C)
+    x = xhat_of(X, m, M, Mean, Rstd, c, C)
     dy, z = dy.to(W1.dtype.element_ty), x.to(W1.dtype.element_ty)
 
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -168,16 +146,15 @@ def _ffn_bwd_input_kernel(
         f = f0 + tl.arange(0, BLOCK_F)
         h = _hidden(z, W1, B1, f, c, C, F)
         _, slope = gelu_and_slope(h)
-        dh = tl.dot(dy, _plain(W2, c, C, f, F), input_precision="ieee") * slope
-        w1 = _plain(W1, f, F, c, C)  # (BLOCK_F, BLOCK_C)
+        dh = tl.dot(dy, plain(W2, c, C, f, F), input_precision="ieee") * slope
+        w1 = plain(W1, f, F, c, C)  # (BLOCK_F, BLOCK_C)
         acc = tl.dot(dh.to(w1.dtype), w1, acc, input_precision="ieee")
 
     if Mean is not None:
         acc = through_norm(acc, rows_of(X, m, M, c, C), Mean, Rstd, Shift, Slope, c, C)
     if RESIDUAL:
         acc += rows_of(DY, m, M, c, C)
-    at = DX + m.to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(at, acc.to(DX.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
+    store_rows(acc, DX, m, M, c, C)
 
 
 # --- Launch ---------------------------------------------------------------------------

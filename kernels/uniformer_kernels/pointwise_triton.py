@@ -23,11 +23,15 @@ from uniformer_kernels._tile import (
     DTYPES,
     Config,
     block,
-    normalised,
     of_clips,
+    plain,
     rows_of,
+    scaled,
     splits,
+    store_rows,
     through_norm,
+    transposed,
+    xhat_of,
 )
 
 __all__ = ["bwd", "bwd_input_config", "bwd_weight_config", "fwd", "fwd_config"]
@@ -52,21 +56,14 @@ def _pointwise_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.static_range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = rows_of(X, m, M, k, K)
-        if Mean is not None:
-            x = normalised(x, Mean, Rstd, k, K)
-        weight = tl.load(
-            Weight + n[None, :] * K + k[:, None],
-            mask=(n < N)[None, :] & (k < K)[:, None],
-            other=0.0,
-        )  # (BLOCK_K, BLOCK_N)
+        x = xhat_of(X, m, M, Mean, Rstd, k, K)
+        weight = transposed(Weight, n, N, k, K)  # (BLOCK_K, BLOCK_N)
         acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision="ieee")
 
     inside = (m < M)[:, None] & (n < N)[None, :]
     if Bias is not None:
         acc += tl.load(Bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if Scale is not None:
-        acc *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    acc = scaled(acc, Scale, m, M, R)
     if Residual is not None:
         acc += rows_of(Residual, m, M, n, N)
     y = acc.to(Y.dtype.element_ty)
@@ -101,11 +98,8 @@ def _pointwise_bwd_weight_kernel(
     for first in range(split * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         dy = rows_of(DY, m, M, n, N)  # zeros beyond M make up for an xhat that has none
-        if Scale is not None:
-            dy *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
-        x = rows_of(X, m, M, k, K)
-        if Mean is not None:
-            x = normalised(x, Mean, Rstd, k, K)
+        dy = scaled(dy, Scale, m, M, R)
+        x = xhat_of(X, m, M, Mean, Rstd, k, K)
         acc = tl.dot(tl.trans(dy.to(DTYPE)), x.to(DTYPE), acc, input_precision="ieee")
         db += dy
 
@@ -130,19 +124,13 @@ def _pointwise_bwd_input_kernel(
     for n0 in tl.static_range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         dy = rows_of(DY, m, M, n, N)
-        weight = tl.load(
-            Weight + n[:, None] * K + k[None, :],
-            mask=(n < N)[:, None] & (k < K)[None, :],
-            other=0.0,
-        )  # (BLOCK_N, BLOCK_K)
+        weight = plain(Weight, n, N, k, K)  # (BLOCK_N, BLOCK_K)
         acc = tl.dot(dy.to(weight.dtype), weight, acc, input_precision="ieee")
 
-    if Scale is not None:
-        acc *= tl.load(Scale + m // R, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    acc = scaled(acc, Scale, m, M, R)
     if Mean is not None:
         acc = through_norm(acc, rows_of(X, m, M, k, K), Mean, Rstd, Shift, Slope, k, K)
-    at = DX + m.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(at, acc.to(DX.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
+    store_rows(acc, DX, m, M, k, K)
 
 
 # --- Launch ---------------------------------------------------------------------------
