@@ -22,7 +22,7 @@ FLOORS = [
         "flops",
         "digits",
     ],
-    ["local_block"],
+    ["global_block", "local_block"],
     ["model", "data"],
     ["checkpoint", "scan"],
     ["pretrained"],
@@ -35,6 +35,7 @@ FLOORS = [
 FLOOR = {f"uniformer.{name}": i for i, floor in enumerate(FLOORS) for name in floor}
 OPS = {
     "layers",
+    "global_block",
     "local_block",
     "depthwise",
     "doctor",

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.check import assert_matches
-from uniformer_kernels import attention, backend
-from uniformer_kernels.attention import _fwd, _why_not_native, attention_ref
+from uniformer_kernels import attention, attention_native, backend
+from uniformer_kernels.attention import _fwd, attention_ref
 
 
 # One token; fewer tokens than channels; a stage-4 width with an odd number of tokens.
@@ -41,7 +41,7 @@ def test_scale_and_dropout_are_honoured():
 # --- C++ on a CPU ---------------------------------------------------------------------
 
 NATIVE = pytest.mark.skipif(
-    _why_not_native(torch.zeros(1, 1, 48, dtype=torch.bfloat16), 1, 0.0) is not None,
+    attention_native.why_not(torch.zeros(1, 1, 48, dtype=torch.bfloat16), 1) is not None,
     reason="this processor has no AVX512_BF16, or there is no compiler",
 )
 

@@ -6,21 +6,16 @@ Shapes: B clips, N tokens, 3 for q | k | v, h heads, d channels a head.
 Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 4 and 7.
 """
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from uniformer_kernels import _runtime
+from uniformer_kernels import _runtime, attention_native
 from uniformer_kernels._operator import Operator
-from uniformer_kernels._runtime import int64s, library, pointer
 
 __all__ = ["attention", "attention_ref"]
-
-CHANNELS = (16, 32, 48, 64)  # of a head that the C++ kernel serves
 
 # C++ for bf16 on a CPU; else PyTorch's fused attention, until ours is measured to be faster.
 _runtime.register("attention", {"cpu": ("native", "sdpa"), "cuda": ("sdpa",)})
@@ -45,42 +40,7 @@ def attention_ref(
     return (F.dropout(affinity, dropout) @ v).transpose(1, 2).flatten(2)
 
 
-# --- On a CPU, in bf16 ----------------------------------------------------------------
-
-
-def _why_not_native(qkv: Tensor, num_heads: int, dropout: float) -> str | None:
-    """Why the C++ kernel does not serve, or None."""
-    if dropout or qkv.device.type != "cpu" or qkv.dtype != torch.bfloat16 or qkv.numel() == 0:
-        return "it serves bf16 on a CPU, without dropout"
-    if _runtime.functorch_is_active() or _runtime.under_torch_func("attention"):
-        return "a transform is at work"
-    if qkv.shape[-1] // (3 * num_heads) not in CHANNELS:
-        return f"heads are not of {CHANNELS} channels"
-    return _why_not_here()
-
-
-@torch.compiler.assume_constant_result
-def _why_not_here() -> str | None:
-    if _runtime.serving("attention", torch.device("cpu")) != "native":
-        return "another backend was asked for, or it cannot be built"
-    if not library("native").uniformer_attention_fwd_serves(ctypes.c_int64(CHANNELS[0])):
-        return "the processor has no AVX512_BF16"
-    return None
-
-
-def _fwd_kernel(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """qkv (B, N, 3*h*d) bf16 -> o (B, N, h*d), and logarithms of the softmax's sums (B, N, h)."""
-    out, lse = _fwd_fake(qkv, num_heads, scale)
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    B, N, width = qkv.shape
-    code = library("native").uniformer_attention_fwd(
-        pointer(qkv), ctypes.c_int64(qkv.stride(0)), ctypes.c_int64(qkv.stride(1)), pointer(out),
-        pointer(lse), int64s((B, N, num_heads, width // 3 // num_heads)), ctypes.c_float(scale),
-        _runtime.parallel_for(),
-    )  # fmt: skip
-    if code:
-        raise MemoryError(f"no memory to pack keys and values of {tuple(qkv.shape)}")
-    return out, lse
+# --- Ops: shapes, dispatch, autograd --------------------------------------------------
 
 
 def _fwd_fake(qkv, num_heads, scale):
@@ -89,28 +49,19 @@ def _fwd_fake(qkv, num_heads, scale):
     return qkv.new_empty(B, N, width // 3), lse
 
 
-def _bwd_kernel(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float
-) -> Tensor:
-    """dqkv (B, N, 3*h*d), by PyTorch's kernel from our forward's results."""
-    dout, out = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (dout, out))
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, *_split(qkv, num_heads), out, lse.transpose(1, 2), 0.0, False, scale=scale
-    )
-    return torch.stack([g.transpose(1, 2) for g in found], dim=2).flatten(2)
-
-
 def _bwd_fake(dout, qkv, out, lse, num_heads, scale):
     return qkv.new_empty(qkv.shape)
 
 
 _fwd = Operator(
-    "attention(Tensor qkv, int num_heads, float scale) -> (Tensor, Tensor)", _fwd_kernel, _fwd_fake
+    "attention(Tensor qkv, int num_heads, float scale) -> (Tensor, Tensor)",
+    attention_native.fwd,
+    _fwd_fake,
 )
 _bwd = Operator(
     "attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int num_heads, float scale)"
     " -> Tensor",
-    _bwd_kernel, _bwd_fake,
+    attention_native.bwd, _bwd_fake,
 )  # fmt: skip
 
 
@@ -143,6 +94,10 @@ def _bwd_flops(dout_shape, *_, **__):
 
 
 # --- Public ---------------------------------------------------------------------------
+
+
+def _transformed() -> bool:
+    return _runtime.functorch_is_active() or _runtime.under_torch_func("attention")
 
 
 def attention(
@@ -179,7 +134,7 @@ def attention(
     if _runtime.current_backend() == "reference":
         return attention_ref(qkv, num_heads, scale, dropout)
     q, k, v = _split(qkv, num_heads)
-    if _why_not_native(qkv, num_heads, dropout) is None:
+    if not (dropout or _transformed()) and attention_native.why_not(qkv, num_heads) is None:
         return _fwd(qkv, num_heads, q.shape[-1] ** -0.5 if scale is None else scale)[0]
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2).flatten(2)
