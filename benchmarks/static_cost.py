@@ -25,6 +25,11 @@ ARCHS = (80, 90, 100)
 B = 8
 SHAPES = tuple((s.C, s.T, s.H, s.W) for s in STAGES)
 LOCAL = (*SHAPES[:2], (56, 8, 56, 56), (112, 8, 28, 28))  # and the light models' widths
+# Tokens, heads and their channels: of the deep stages, the light models, and the widest served.
+HEADS = (
+    *((s.tokens, s.heads, s.C // s.heads) for s in STAGES[2:]),
+    (1568, 8, 28), (1568, 8, 32), (1568, 4, 128),
+)  # fmt: skip
 KERNELS = {3: SHAPES, 5: SHAPES[:2]}  # the DPE everywhere, the affinity in the local stages
 
 # Machine instructions by what they are for; "integer" is all else: addresses, predicates, zeros.
@@ -44,11 +49,13 @@ KINDS = {
 Case = tuple[str, Any, dict[str, Any], dict[str, int]]
 
 
-def cases() -> Iterator[Case]:
-    """Label, kernel, its arguments (a dtype for a pointer, or a value), options of the launch."""
+def cases(arch: int) -> Iterator[Case]:
+    """For sm_`arch`, in the same order for each: label, kernel, its arguments (a dtype for a pointer, or a value), options of the launch."""
     yield from _dwconv3d_cases()
     for C, T, H, W in LOCAL:
         yield from (*_pointwise_cases(B * T * H * W, C), *_ffn_cases(B * T * H * W, C))
+    for tokens, heads, channels in HEADS:
+        yield from _attention_cases(tokens, heads, channels, wgmma=arch >= 90)
 
 
 def _dwconv3d_cases() -> Iterator[Case]:
@@ -145,6 +152,24 @@ def _ffn_cases(M: int, C: int) -> Iterator[Case]:
         yield f"ffn_{name} bf16 rows C={C}", kernel, pointers | config.arguments, options(config)
 
 
+def _attention_cases(N: int, H: int, D: int, wgmma: bool) -> Iterator[Case]:
+    from uniformer_kernels import attention_triton as op
+
+    packed = {"b": N * 3 * H * D, "n": 3 * H * D, "h": D}
+    strides = {f"stride_{t}{axis}": n for t in "qkd" for axis, n in packed.items()}
+    pointers = dict.fromkeys(("Q", "K", "V", "Out", "DOut", "DQ", "DK", "DV"), "bf16")
+    pointers |= {"Lse": "fp32", "Delta": "fp32"}
+    for name, config in (
+        ("fwd", op.fwd_config(B, N, N, H, D, 2)),
+        ("bwd_queries", op.bwd_queries_config(B, N, N, H, D, 2, wgmma)),
+        ("bwd_keys", op.bwd_keys_config(B, N, N, H, D, 2, wgmma)),
+    ):
+        kernel = getattr(op, f"_attention_{name}_kernel")
+        sizes = {"N": N, "M": N, "H": H, "scale": 0.125}
+        arguments = pointers | strides | sizes | config.arguments
+        yield f"attention_{name} bf16 N={N} H={H} D={D}", kernel, arguments, options(config)
+
+
 def options(config: Any) -> dict[str, int]:
     return {"num_warps": config.warps, "num_stages": config.stages}
 
@@ -169,7 +194,9 @@ def compile_for(
     attributes: dict[tuple[int], list] = {}
     for i, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        if value is None:
+        if isinstance(value, float):
+            signature[name] = "fp32"
+        elif value is None:
             signature[name], values[name] = "constexpr", None
         elif isinstance(value, str):
             signature[name], attributes[(i,)] = f"*{value}", [["tt.divisibility", 16]]
@@ -190,6 +217,7 @@ def compile_for(
         "warps": options["num_warps"],
         "instructions": len(sass),
         "tensor_cores": _mix([i for _, i in sass])["mma"],
+        "instruction": _tensor_core_instruction(sass),
         "loop": _mix(_main_loop(sass)),
     }
 
@@ -211,6 +239,12 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str]]]:
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)
     resources = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}
     return resources, [(int(address, 16), instruction.strip()) for address, instruction in found]
+
+
+def _tensor_core_instruction(sass: list[tuple[int, str]]) -> str | None:
+    """HMMA on sm_80, HGMMA (wgmma) on sm_90, UTC*MMA on sm_100, where the compiler found a way."""
+    names = Counter(re.findall(rf"\b({KINDS['mma']})", "\n".join(i for _, i in sass)))
+    return names.most_common(1)[0][0] if names else None
 
 
 def _main_loop(sass: list[tuple[int, str]]) -> list[str]:
@@ -247,9 +281,9 @@ def report(archs: tuple[int, ...] = ARCHS, match: str = "") -> list[dict[str, An
     """A row for each kernel and shape whose label contains `match`, and architecture."""
     return [
         {"kernel": label, "arch": f"sm_{arch}"} | compile_for(arch, kernel, arguments, options)
-        for label, kernel, arguments, options in cases()
+        for same in zip(*(cases(arch) for arch in archs), strict=True)
+        for arch, (label, kernel, arguments, options) in zip(archs, same, strict=True)
         if match in label
-        for arch in archs
     ]
 
 

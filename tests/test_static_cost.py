@@ -19,6 +19,7 @@ print(json.dumps(report(match={match!r})))
 
 WIDTHS = [64, 128, 56, 112]  # of the local stages, and of the light models'
 KERNELS = {"3x3x3 C=64 ": 2, "5x5x5 C=64 ": 2} | {f"bf16 rows C={C}": 7 for C in WIDTHS}
+KERNELS |= {"H=5 D=64": 3, "N=392 H=8 D=64": 3, "D=28": 3, "D=32": 3}  # attention
 
 
 @pytest.mark.parametrize("match", KERNELS)
@@ -37,6 +38,8 @@ def test_kernels_compile_without_spills_to_what_is_on_file(match):
         assert row["spilled_bytes"] == 0, row
         # Of sm_80; smaller chips get smaller tiles of a weight's gradient.
         assert row["shared_bytes"] <= 164 * 1024, row
+        if "attention" in row["kernel"] and row["arch"] == "sm_90":
+            assert row["instruction"] == "HGMMA", row
         assert row["loop"]["products"] > 200 or row["tensor_cores"] > 0, row
     filed = json.loads(RESULTS.read_text())
     if filed["environment"]["triton"] == triton.__version__:

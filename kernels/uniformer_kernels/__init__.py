@@ -8,7 +8,7 @@ from uniformer_kernels._runtime import (
     product_dtype,
     report,
 )
-from uniformer_kernels.attention import attention
+from uniformer_kernels.attention import attention, attention_qkv
 from uniformer_kernels.dwconv3d import MAX_KERNEL, dwconv3d, dwconv3d_stats
 from uniformer_kernels.ffn import ffn
 from uniformer_kernels.pointwise import pointwise, pointwise_stats
@@ -18,6 +18,7 @@ __all__ = [
     "Norm",
     "announce",
     "attention",
+    "attention_qkv",
     "backend",
     "channel_stats",
     "current_backend",

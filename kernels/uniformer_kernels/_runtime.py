@@ -23,7 +23,7 @@ from uniformer_kernels import _native
 __all__ = [
     "BACKENDS", "announce", "autocast_dtype", "backend", "check_dtypes", "check_shapes",
     "current_backend",
-    "functorch_is_active", "int64s", "interpreting", "library", "multiprocessors",
+    "functorch_is_active", "has_wgmma", "int64s", "interpreting", "library", "multiprocessors",
     "native_library", "on_device", "parallel_for", "pointer", "product_dtype", "register", "report",
     "serving", "shared_memory", "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
@@ -247,6 +247,11 @@ def shared_memory(x: torch.Tensor) -> int:
     return properties.shared_memory_per_block_optin
 
 
+def has_wgmma(x: torch.Tensor) -> bool:
+    """Whether products on `x`'s GPU read their operands from shared memory, as Hopper's do."""
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
 # --- What was measured ----------------------------------------------------------------
 
 TUNED = Path(__file__).with_name("tuned.json")  # written by benchmarks/tune.py
@@ -300,7 +305,11 @@ def _checked_row(key: str, row: Row) -> Row:
     sizes = {name: n for name, n in row.items() if name not in ("backend", "ms", "rival_ms")}
     whole = all(type(n) is int and n > 0 for n in sizes.values())
     powers = [n for name, n in sizes.items() if name.startswith("BLOCK_") or name == "warps"]
-    if row["backend"] not in ("triton", "cuda") or not whole or any(n & (n - 1) for n in powers):
+    if (
+        row["backend"] not in ("triton", "cuda", "sdpa")
+        or not whole
+        or any(n & (n - 1) for n in powers)
+    ):
         raise ValueError(f"{key!r} is {dict(row)}")
     return row
 

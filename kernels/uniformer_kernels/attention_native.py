@@ -13,19 +13,17 @@ __all__ = ["bwd", "fwd", "why_not"]
 CHANNELS = (16, 32, 48, 64)  # of a head that the kernel serves
 
 
-def why_not(qkv: Tensor, num_heads: int) -> str | None:
-    """Why the kernel does not serve, or None."""
-    if qkv.device.type != "cpu" or qkv.dtype != torch.bfloat16 or qkv.numel() == 0:
+def why_not(q: Tensor) -> str | None:
+    """Why the kernel does not serve a packed q (B, N, h, d), or None."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.numel() == 0:
         return "it serves bf16 on a CPU"
-    if qkv.shape[-1] // (3 * num_heads) not in CHANNELS:
+    if q.shape[-1] not in CHANNELS:
         return f"heads are not of {CHANNELS} channels"
     return _why_not_here()
 
 
 @torch.compiler.assume_constant_result
 def _why_not_here() -> str | None:
-    if _runtime.serving("attention", torch.device("cpu")) != "native":
-        return "another backend was asked for, or it cannot be built"
     if not library("native").uniformer_attention_fwd_serves(ctypes.c_int64(CHANNELS[0])):
         return "the processor has no AVX512_BF16"
     return None
