@@ -21,6 +21,12 @@ from uniformer_kernels.attention import (
 matches = partial(assert_matches, slack=3.0)
 
 
+# Triton's interpreter computes with numpy, which warns of what GPUs do silently.
+WITHOUT_WARNINGS = pytest.mark.filterwarnings(
+    "ignore:All-NaN slice", "ignore:invalid value", "ignore:overflow", "ignore:divide by zero"
+)
+
+
 @pytest.fixture(params=["auto", "triton"])
 def chosen(request):
     with backend(request.param):
@@ -113,7 +119,7 @@ def test_scores_that_overflow_16_bits_stay_finite(dtype, device, chosen):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # the interpreter's
+@WITHOUT_WARNINGS
 def test_what_is_not_a_number_shows_where_it_belongs(value, device):
     qkv = torch.randn(2, 40, 3 * 16, device=device)
     qkv[0, 3, :16] = value  # a query
@@ -121,6 +127,23 @@ def test_what_is_not_a_number_shows_where_it_belongs(value, device):
         got = attention(qkv, 1)
     assert got[0, 3].isnan().all()
     assert got.isnan().sum() == 16
+
+
+@WITHOUT_WARNINGS
+def test_gradients_where_all_scores_are_far_below_0(device, chosen):
+    """exp(-lse) overflows then, and must not meet the keys beyond the last."""
+    qkv = torch.randn(1, 5, 3 * 16, device=device)
+    qkv[..., 0], qkv[..., 16] = 15.0, -15.0
+    matches(lambda x: attention(x, 1, 1.0), lambda x: attention_ref(x, 1, 1.0), [qkv])
+
+
+@WITHOUT_WARNINGS
+def test_keys_that_no_query_attends_to(device, chosen):
+    """A score of minus infinity for all of a tile's keys is a weight of 0, not NaN."""
+    qkv = torch.randn(1, 50, 3 * 16, device=device)
+    qkv[..., :16] = torch.eye(16, device=device)[0]
+    qkv[:, :40, 16] = -float("inf")
+    torch.testing.assert_close(attention(qkv, 1), attention_ref(qkv, 1))
 
 
 def test_strides_and_expanded_gradients(device, chosen):
