@@ -134,7 +134,10 @@ def test_gradients_where_all_scores_are_far_below_0(device, chosen):
     """exp(-lse) overflows then, and must not meet the keys beyond the last."""
     qkv = torch.randn(1, 5, 3 * 16, device=device)
     qkv[..., 0], qkv[..., 16] = 15.0, -15.0
-    matches(lambda x: attention(x, 1, 1.0), lambda x: attention_ref(x, 1, 1.0), [qkv])
+    leaf, other = (qkv.clone().requires_grad_() for _ in range(2))
+    attention(leaf, 1, 1.0).square().sum().backward()
+    attention_ref(other, 1, 1.0).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-3, atol=1e-3)
 
 
 @WITHOUT_WARNINGS
