@@ -50,7 +50,8 @@ Case = tuple[str, Any, dict[str, Any], dict[str, int]]
 
 
 def cases(arch: int) -> Iterator[Case]:
-    """For sm_`arch`, in the same order for each: label, kernel, its arguments (a dtype for a pointer, or a value), options of the launch."""
+    """For sm_`arch`, in the same order for each: label, kernel, its arguments (a dtype for a
+    pointer, or a value), options of the launch."""
     yield from _dwconv3d_cases()
     for C, T, H, W in LOCAL:
         yield from (*_pointwise_cases(B * T * H * W, C), *_ffn_cases(B * T * H * W, C))

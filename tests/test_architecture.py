@@ -23,7 +23,8 @@ FLOORS = [
         "digits",
     ],
     ["global_block", "local_block"],
-    ["model", "data"],
+    ["model", "data", "official_blocks"],
+    ["kernelized"],
     ["checkpoint", "scan"],
     ["pretrained"],
     ["factory"],
@@ -38,6 +39,7 @@ OPS = {
     "global_block",
     "local_block",
     "depthwise",
+    "kernelized",
     "doctor",
 }  # the only files of the package that know the operators
 

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from uniformer.configs import InputConfig as InputConfig
     from uniformer.configs import UniFormerConfig as UniFormerConfig
     from uniformer.depthwise import DepthwiseConv3d as DepthwiseConv3d
-    from uniformer.depthwise import kernelize as kernelize
     from uniformer.factory import create_model as create_model
     from uniformer.factory import list_models as list_models
     from uniformer.factory import load_model as load_model
+    from uniformer.kernelized import kernelize as kernelize
     from uniformer.model import UniFormer as UniFormer
     from uniformer.pretrained import list_pretrained as list_pretrained
 
@@ -28,7 +28,7 @@ _HOME = {
     "UniFormer": "model",
     "UniFormerConfig": "configs",
     "create_model": "factory",
-    "kernelize": "depthwise",
+    "kernelize": "kernelized",
     "list_models": "factory",
     "list_pretrained": "pretrained",
     "load_model": "factory",

@@ -1,15 +1,13 @@
-"""Fast depthwise convolutions for any network: X3D, CSN, MViT's pooling, your own."""
+"""A depthwise convolution for any network; `kernelize` puts it in place of PyTorch's."""
 
 import logging
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from uniformer_kernels import MAX_KERNEL, dwconv3d
 
-__all__ = ["DepthwiseConv3d", "KernelizeReport", "kernelize"]
+__all__ = ["DepthwiseConv3d", "why_not"]
 
 log = logging.getLogger(__name__)
 _announced: set[str] = set()
@@ -48,55 +46,6 @@ class DepthwiseConv3d(nn.Conv3d):
         y = dwconv3d(input.permute(0, 2, 3, 4, 1), self.weight, self.bias).permute(0, 4, 1, 2, 3)
         last = input.is_contiguous(memory_format=torch.channels_last_3d)
         return y if last else y.contiguous()
-
-
-@dataclass
-class KernelizeReport:
-    """What `kernelize` did.
-
-    Attributes:
-        replaced: names of the convolutions that now run on the kernels.
-        left: why each of the other grouped convolutions does not.
-    """
-
-    replaced: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} depthwise convolutions run on the kernels"]
-        lines += [f"  left {name}: {why}" for name, why in self.left.items()]
-        return "\n".join(lines)
-
-
-def kernelize(model: nn.Module) -> KernelizeReport:
-    """Let every depthwise `nn.Conv3d` of a model run on this library's kernels, in place.
-
-    Parameters stay the same objects, so that optimizers, hooks and state_dicts keep working. The
-    kernels work on channels-last memory: `model.to(memory_format=torch.channels_last_3d)` and a
-    clip likewise spare every convolution two copies.
-
-    Args:
-        model: any module; it may be a convolution itself.
-
-    Returns:
-        What was replaced, and why each other grouped convolution was not.
-    """
-    report = KernelizeReport()
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv3d) or module.groups == 1:
-            continue
-        name = name or "the model itself"
-        if is_parametrized(module) and type_before_parametrizations(module) is nn.Conv3d:
-            report.left[name] = "it is parametrized: kernelize first, then parametrize"
-        elif type(module) is not nn.Conv3d:
-            if not isinstance(module, DepthwiseConv3d):
-                report.left[name] = f"it is a {type(module).__name__}, with a forward of its own"
-        elif why := why_not(module):
-            report.left[name] = why
-        else:
-            module.__class__ = DepthwiseConv3d
-            report.replaced.append(name)
-    return report
 
 
 def why_not(conv: nn.Conv3d) -> str | None:
