@@ -71,6 +71,18 @@ def test_matches_plain_layers_without_a_norm(shape, F, device, chosen):
     )
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_matches_plain_layers_with_a_layer_norm(residual, device, chosen):
+    def run(op):
+        def full(x, w1, b1, w2, b2, gamma, beta):
+            norm = Norm(None, gamma, beta, 1e-6, per_row=True)
+            return op(x, w1, b1, w2, b2, norm=norm, scale=drop(x), residual=residual)
+
+        return full
+
+    assert_matches(run(ffn), run(ffn_ref), inputs((3, 2, 5, 7, 24), 72, device))
+
+
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bits(dtype, weight_dtype, device, chosen):
@@ -173,7 +185,10 @@ def test_opcheck(device):
     stats, scale, dtype = channel_stats(x), drop(x), torch.float32
     for t in (x, w1, b1, w2, b2, gamma, beta):
         t.requires_grad_()
-    norm, none = (stats, gamma, beta, 1e-5, True, ""), (None, None, None, 0.0, True, "")
+    norm, none = (
+        (stats, gamma, beta, 1e-5, True, "", False),
+        (None, None, None, 0.0, True, "", False),
+    )
     torch.library.opcheck(_fwd.op, (x, w1, b1, w2, b2, *norm, scale, True, dtype))
     torch.library.opcheck(_fwd.op, (x, w1, None, w2, None, *none, None, False, dtype))
     plain = [t.detach() for t in (torch.randn_like(x), x, w1, b1, w2)]

@@ -69,6 +69,33 @@ def test_matches_a_linear(shape, N, device, chosen):
     assert_matches(lambda x, w: pointwise(x, w), lambda x, w: pointwise_ref(x, w), bare[:2])
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7, 24), (2, 1, 1), (2, 1100, 8)], ids=str)
+def test_matches_layer_norm_and_linear(shape, device, chosen):
+    """Odd sizes; one channel, whose xhat is 0; rows past a chunk."""
+
+    def run(op):
+        def full(x, weight, bias, gamma, beta, residual):
+            norm = Norm(None, gamma, beta, 1e-6, per_row=True)
+            return op(x, weight, bias, norm=norm, scale=drop(x), residual=residual)
+
+        return full
+
+    x = torch.randn(shape, device=device)
+    C = shape[-1]
+    tensors = [torch.randn(s, device=device) for s in ((40, C), (40,), (C,), (C,))]
+    tensors.append(torch.randn(*shape[:-1], 40, device=device))
+    assert_matches(run(pointwise), run(pointwise_ref), [x, *tensors])
+
+
+def test_a_layer_norm_leaves_its_statistics_to_the_product(device):
+    x, weight = torch.randn(2, 5, 8, device=device), torch.randn(4, 8, device=device)
+    want = torch.nn.functional.layer_norm(x, (8,)) @ weight.t()
+    torch.testing.assert_close(pointwise(x, weight, norm=Norm(None, per_row=True)), want)
+    for norm in (Norm(None), Norm(channel_stats(x), per_row=True)):
+        with pytest.raises(ValueError, match="and not both"):
+            pointwise(x, weight, norm=norm)
+
+
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bits(dtype, weight_dtype, device, chosen):
@@ -221,9 +248,9 @@ def test_opcheck(device):
     stats, scale, dtype = channel_stats(x), drop(x), torch.float32
     leaves = [t.requires_grad_() for t in (x, weight, bias, gamma, beta, residual)]
     x, weight, bias, gamma, beta, residual = leaves
-    norm = (stats, gamma, beta, 1e-5, True, "")
+    norm = (stats, gamma, beta, 1e-5, True, "", False)
     torch.library.opcheck(_fwd.op, (x, weight, bias, *norm, scale, residual, True, dtype))
-    none = (None, None, None, 0.0, True, "")
+    none = (None, None, None, 0.0, True, "", False)
     torch.library.opcheck(_fwd.op, (x, weight, None, *none, None, None, False, dtype))
     dy = torch.randn(2, 2, 3, 5, 6, device=device)
     plain = [t.detach() for t in (x, weight)]

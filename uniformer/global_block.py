@@ -1,4 +1,8 @@
-"""The blocks of the deep stages: DPE, global MHRA and FFN.
+"""The blocks of the deep stages: DPE, global MHRA and FFN on kernels that share their passes.
+
+LayerNorms are made where the product behind them reads its rows, drop path and residual where the
+product before them writes its own. So a block keeps its input, q, k and v, the aggregated tokens
+and the sums of either half for its gradient, and nothing else.
 
 Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
 """
@@ -7,13 +11,24 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from uniformer.configs import UniFormerConfig
-from uniformer.layers import DPE, FFN, DropPath, GlobalMHRA
+from uniformer.layers import DPE, FFN, DropPath, GlobalMHRA, runs_fused, why_not_around
+from uniformer_kernels import Norm, attention, ffn, pointwise
 
 __all__ = ["GlobalBlock", "SplitBlock"]
 
+_PARTS: dict[str, tuple[type, ...]] = {
+    "norm1": (nn.LayerNorm,), "attn": (GlobalMHRA,), "drop_path": (DropPath,),
+    "norm2": (nn.LayerNorm,), "mlp": (FFN,),
+}  # fmt: skip
+
 
 class GlobalBlock(nn.Module):
-    """A block of the deep stages: LayerNorm, and attention over all tokens of the clip."""
+    """LayerNorm, and attention over all tokens of the clip: eq. 1 to 5, 7 and 8.
+
+    Its parts are modules under the official names, but their forwards are not called: where one
+    has been replaced or hooked, or has dropout to do after a product, the block runs part by part
+    instead, and the log says so once.
+    """
 
     def __init__(self, cfg: UniFormerConfig, dim: int, drop_path: float) -> None:
         super().__init__()
@@ -26,9 +41,34 @@ class GlobalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, H, W, C) -> (B, T, H, W, C)."""
+        return self.fused(x) if runs_fused(self, x) else self.part_by_part(x)
+
+    def why_not_fused(self) -> str | None:
+        """Why its parts are to be called one by one, or None."""
+        why = why_not_around(self, **_PARTS)
+        return why or self.attn.why_not_fused() or self.mlp.why_not_fused()
+
+    def part_by_part(self, x: Tensor) -> Tensor:
+        """The block as its modules make it."""
         x = self.pos_embed(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The same on operators that do more at a time."""
+        shape, tokens = x.shape, self.pos_embed(x).flatten(1, -2)
+        attn, fc1, fc2 = self.attn, self.mlp.fc1, self.mlp.fc2
+        qkv = pointwise(tokens, attn.qkv.weight, attn.qkv.bias, norm=_norm(self.norm1))
+        context = attention(qkv, attn.num_heads, attn.scale, attn.dropout())
+        tokens = pointwise(
+            context, attn.proj.weight, attn.proj.bias, scale=self.drop_path.draw(tokens),
+            residual=tokens,
+        )  # fmt: skip
+        tokens = ffn(
+            tokens, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm=_norm(self.norm2),
+            scale=self.drop_path.draw(tokens), residual=True,
+        )  # fmt: skip
+        return tokens.view(shape)
 
 
 class SplitBlock(GlobalBlock):
@@ -59,3 +99,7 @@ def _global_mhra(cfg: UniFormerConfig, dim: int) -> GlobalMHRA:
     return GlobalMHRA(
         dim, dim // cfg.head_dim, cfg.qkv_bias, cfg.qk_scale, cfg.attn_drop_rate, cfg.drop_rate
     )
+
+
+def _norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(None, norm.weight, norm.bias, norm.eps, per_row=True)

@@ -5,14 +5,22 @@ Parameters have the official names and shapes, convolutions of size 1 included.
 Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniformer_kernels import attention, dwconv3d, ffn, pointwise
+from uniformer_kernels import (
+    announce,
+    attention,
+    current_backend,
+    dwconv3d,
+    ffn,
+    pointwise,
+)
 
 __all__ = [
     "DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "batch_norm",
-    "why_not_around",
+    "runs_fused", "why_not_around",
 ]  # fmt: skip
 
 
@@ -97,6 +105,16 @@ def why_not_around(module: nn.Module, **parts: tuple[type, ...]) -> str | None:
     return None
 
 
+def runs_fused(block: nn.Module, x: Tensor) -> bool:
+    """Whether a block's kernels may run in place of its parts; where not, the log says why."""
+    if x.numel() == 0 or current_backend() == "reference":
+        return False
+    why = block.why_not_fused()  # type: ignore[operator]
+    if why and not torch.compiler.is_compiling():
+        announce(f"a {type(block).__name__} runs part by part, slower than it could", why)
+    return why is None
+
+
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply a BatchNorm3d (or a SyncBatchNorm made of one) to channels-last x (B, T, H, W, C)."""
     return norm(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
@@ -176,10 +194,19 @@ class GlobalMHRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., C), tokens in between -> the same shape, before the residual."""
         _check_channels(x, self.qkv.in_features)
-        dropout = self.attn_drop if self.training else 0.0
         qkv = self.qkv(x.flatten(1, -2))
-        out = attention(qkv, self.num_heads, self.scale, dropout)
+        out = attention(qkv, self.num_heads, self.scale, self.dropout())
         return self.proj_drop(self.proj(out)).view(x.shape)
+
+    def dropout(self) -> float:
+        """Probability of dropping an affinity now."""
+        return self.attn_drop if self.training else 0.0
+
+    def why_not_fused(self) -> str | None:
+        """Why its parts are to be called one by one, or None."""
+        if self.proj_drop.p > 0 and self.training:
+            return f"dropout of {self.proj_drop.p} after the projection: its kernels have none"
+        return why_not_around(self, qkv=(nn.Linear,), proj=(nn.Linear,), proj_drop=(nn.Dropout,))
 
 
 class FFN(nn.Module):

@@ -24,13 +24,12 @@ from uniformer.layers import (
     Pointwise,
     batch_norm,
     local_mhra,
+    runs_fused,
     why_not_around,
 )
 from uniformer_kernels import (
     Norm,
-    announce,
     channel_stats,
-    current_backend,
     dwconv3d,
     dwconv3d_stats,
     ffn,
@@ -71,13 +70,11 @@ class LocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, H, W, C) -> (B, T, H, W, C)."""
-        if x.numel() == 0 or current_backend() == "reference":
-            return self.part_by_part(x)
-        if why := why_not_around(self, **_PARTS) or self.mlp.why_not_fused():
-            if not torch.compiler.is_compiling():
-                announce("a LocalBlock runs part by part, slower than it could", why)
-            return self.part_by_part(x)
-        return self.fused(x)
+        return self.fused(x) if runs_fused(self, x) else self.part_by_part(x)
+
+    def why_not_fused(self) -> str | None:
+        """Why its parts are to be called one by one, or None."""
+        return why_not_around(self, **_PARTS) or self.mlp.why_not_fused()
 
     def part_by_part(self, x: Tensor) -> Tensor:
         """The block as its modules make it."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from uniformer_kernels import _runtime
-from uniformer_kernels._norm import Prologue, Sums
+from uniformer_kernels._norm import Norm, Prologue, Sums
 
 __all__ = [
-    "Chunks", "accumulate", "compute_dtype", "fitted", "per_row", "prepare", "product",
-    "product_into", "serves", "some", "through_norm",
+    "Chunks", "accumulate", "compute_dtype", "fitted", "prepare", "product",
+    "product_into", "serves", "some", "spread",
+    "through_norm",
 ]  # fmt: skip
 
 ROWS = {2: 4096, 4: 1024, 8: 512}  # by bytes an element; 16-bit products want more to start well
@@ -29,11 +30,17 @@ def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and not x.is_cuda else dtype
 
 
-def prepare(op: str, x: Tensor) -> tuple[torch.dtype, bool]:
+def prepare(op: str, x: Tensor, norm: Norm | None) -> tuple[torch.dtype, bool]:
     """In which dtype products of x are to be made, and whether in plain PyTorch."""
     known = x.device.type in ("cpu", "cuda")
     plain = not known or x.numel() == 0 or _runtime.current_backend() == "reference"
+    # The Triton kernels make no statistics; on a GPU PyTorch's own LayerNorm does.
+    plain |= norm is not None and norm.per_row and not _runs_in_chunks(op, x)
     return _runtime.product_dtype(x), plain or _runtime.under_torch_func(op)
+
+
+def _runs_in_chunks(op: str, x: Tensor) -> bool:
+    return x.device.type == "cpu" and _runtime.serving(op, x.device) != "triton"
 
 
 def serves(op: str, x: Tensor, dtype: torch.dtype) -> bool:
@@ -47,7 +54,7 @@ def serves(op: str, x: Tensor, dtype: torch.dtype) -> bool:
     return False
 
 
-def per_row(scale: Tensor | None, rows: int) -> Tensor | None:
+def spread(scale: Tensor | None, rows: int) -> Tensor | None:
     """A number for each clip (B,) -> for each row (M, 1)."""
     if scale is None:
         return None
@@ -99,6 +106,7 @@ class Chunks:
 
     def __init__(self, norm: Prologue | None, x: Tensor, dtype: torch.dtype) -> None:
         self.norm, self.x, self.dtype = norm, x, dtype
+        self.per_row = norm is not None and norm.mean is None
         self.step = min(len(x), GPU_ROWS if x.is_cuda else ROWS[dtype.itemsize])
 
     def buffer(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -112,18 +120,28 @@ class Chunks:
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         norm, x, width = self.norm, self.x, self.x.shape[1]
         wide = cast = shift = x
-        if norm is not None:
+        if norm is not None and not self.per_row:
             wide, shift = self.buffer(width, norm.rstd.dtype), -norm.mean * norm.rstd
         if wide.dtype != self.dtype:
             cast = self.buffer(width)
         for first in range(0, len(x), self.step):
             rows = slice(first, min(first + self.step, len(x)))
             part = x[rows]
-            if norm is not None:  # one multiplication and one addition
+            if norm is not None and self.per_row:
+                part, *self.stats = torch.native_layer_norm(part, (width,), None, None, norm.eps)
+            elif norm is not None:  # one multiplication and one addition
                 part = torch.addcmul(shift, part, norm.rstd, out=wide[: len(part)])
             if part.dtype != self.dtype:
                 part = cast[: len(part)].copy_(part)
             yield rows, part
+
+    def through_rows(self, rows: slice, g: Tensor) -> Tensor:
+        """Of the chunk at hand, from g, the gradient of xhat, that of x, where the norm is one of
+        each row."""
+        x = self.x[rows]
+        return torch.ops.aten.native_layer_norm_backward(
+            g.to(x.dtype), x, x.shape[1:], *self.stats, None, None, [True, False, False]
+        )[0]
 
 
 def through_norm(g: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str) -> None:

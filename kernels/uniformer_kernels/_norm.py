@@ -1,8 +1,9 @@
-"""BatchNorm without passes of its own: what the operators around it know of it.
+"""Norms without passes of their own: what the operators around them know of them.
 
-The operator that writes an activation also takes its statistics; the one that reads it normalises
-what it loads. Statistics are (2, C), mean and biased variance, as deviations from a mean of their
-own part of the tensor and merged by Chan's formula, so that a large mean costs no digits.
+Of a BatchNorm, the operator that writes an activation also takes the statistics; the one that
+reads it normalises what it loads. Statistics are (2, C), mean and biased variance, as deviations
+from a mean of their own part of the tensor and merged by Chan's formula, so that a large mean costs
+no digits.
 
 The gradient through normalised values t = gamma * xhat + beta is, over n rows,
 
@@ -12,6 +13,9 @@ and where t only enters a matrix product with weight W, whose gradient is needed
 over rows come out of that: with G = dout^T xhat and db = sum dout, both of W's size,
 
     dgamma = sum_n W * G    dbeta = db W    dW = gamma * G + db beta^T
+
+That goes for a LayerNorm, too, whose statistics are those of a row of C channels: the operator that
+reads the row makes them, and dx has means over channels in place of those over rows.
 """
 
 from typing import Any, NamedTuple
@@ -24,16 +28,17 @@ from torch import Tensor
 from uniformer_kernels import _runtime
 
 __all__ = [
-    "NO_NORM", "SCHEMA", "Norm", "Prologue", "Sums", "batch_norm_ref", "channel_stats",
-    "check_norm", "merge_stats", "sync_stats",
+    "NO_NORM", "SCHEMA", "Norm", "Prologue", "Sums", "channel_stats", "check_norm", "merge_stats",
+    "norm_ref", "sync_stats",
 ]  # fmt: skip
 
 
 class Norm(NamedTuple):
-    """A BatchNorm, for an operator to apply to what it reads.
+    """A BatchNorm or LayerNorm, for an operator to apply to what it reads.
 
     Attributes:
-        stats: (2, C), mean and biased variance: of the operator's input, or running ones.
+        stats: (2, C), mean and biased variance: of the operator's input, or running ones. None for
+            a LayerNorm.
         weight: (C,), gamma, or None for ones.
         bias: (C,), beta, or None for zeros.
         eps: added to the variance.
@@ -41,14 +46,16 @@ class Norm(NamedTuple):
             them, as in training; otherwise they are constants, as in eval mode.
         group: name of the process group (`group.group_name`) whose ranks share the statistics, as
             `sync_stats` makes them, or "".
+        per_row: whether it is a LayerNorm, over the channels of each row.
     """
 
-    stats: Tensor
+    stats: Tensor | None
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 1e-5
     of_batch: bool = True
     group: str = ""
+    per_row: bool = False
 
 
 def check_norm(norm: Norm | None, x: Tensor, scale: Tensor | None) -> None:
@@ -61,6 +68,10 @@ def check_norm(norm: Norm | None, x: Tensor, scale: Tensor | None) -> None:
     C = x.shape[-1]
     shapes: dict[str, tuple] = {"scale": (scale, x.shape[:1])}
     if norm is not None:
+        if norm.per_row == (norm.stats is not None):
+            raise ValueError(
+                "norm must have statistics, or be per_row, for which they are made, and not both"
+            )
         shapes |= {"norm.stats": (norm.stats, (2, C))}
         shapes |= {"norm.weight": (norm.weight, (C,)), "norm.bias": (norm.bias, (C,))}
     _runtime.check_shapes(x, shapes)
@@ -71,30 +82,40 @@ def check_norm(norm: Norm | None, x: Tensor, scale: Tensor | None) -> None:
 
 
 # A Norm as arguments of an operator, and what stands for none.
-SCHEMA = "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, bool of_batch, str group"
-NO_NORM = (None, None, None, 0.0, True, "")
+SCHEMA = (
+    "Tensor? stats, Tensor? gamma, Tensor? beta, float eps, bool of_batch, str group, bool per_row"
+)
+NO_NORM = (None, None, None, 0.0, True, "", False)
 
 
 class Prologue(NamedTuple):
-    """A norm in numbers: xhat = (x - mean) * rstd. Gamma and beta go into the weight behind it."""
+    """A norm in numbers: xhat = (x - mean) * rstd. Gamma and beta go into the weight behind it.
 
-    mean: Tensor
-    rstd: Tensor
+    Of a LayerNorm mean and rstd are None: every row has its own.
+    """
+
+    mean: Any
+    rstd: Any
     gamma: Tensor
     beta: Tensor
     of_batch: bool
+    eps: float
 
     @classmethod
     def of(
-        cls, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
-        of_batch: bool,
+        cls, x: Tensor, stats: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+        eps: float, of_batch: bool, per_row: bool,
     ) -> "Prologue | None":  # fmt: skip
-        if stats is None:
+        if stats is None and not per_row:
             return None
-        mean, var = stats.contiguous().to(torch.promote_types(stats.dtype, torch.float32))
-        gamma = torch.ones_like(mean) if gamma is None else gamma.to(mean.dtype)
-        beta = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
-        return cls(mean, (var + eps).rsqrt(), gamma, beta, of_batch)
+        dtype, mean, rstd = torch.promote_types(x.dtype, torch.float32), None, None
+        if stats is not None:
+            mean, var = stats.contiguous().to(torch.promote_types(stats.dtype, torch.float32))
+            dtype, rstd = mean.dtype, (var + eps).rsqrt()
+        shape = x.shape[-1:]
+        gamma = x.new_ones(shape, dtype=dtype) if gamma is None else gamma.to(dtype)
+        beta = x.new_zeros(shape, dtype=dtype) if beta is None else beta.to(dtype)
+        return cls(mean, rstd, gamma, beta, of_batch, eps)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight (N, C) and bias (N,) for xhat: as exact in 16 bits as rounded gamma * xhat + beta
@@ -155,9 +176,14 @@ def channel_stats(x: Tensor) -> Tensor:
     return merge_stats(found.double()).to(x.dtype)
 
 
-def batch_norm_ref(x: Tensor, norm: Norm) -> Tensor:
-    """BatchNorm of x (..., C) in plain PyTorch; one of the batch takes x's own statistics."""
+def norm_ref(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of x (..., C) in plain PyTorch; a BatchNorm of the batch takes x's own statistics.
+
+    A LayerNorm's result is in fp32 under autocast, as PyTorch has it.
+    """
     gamma, beta = (None if t is None else t.to(x.dtype) for t in (norm.weight, norm.bias))
+    if norm.stats is None:
+        return F.layer_norm(x, x.shape[-1:], gamma, beta, norm.eps)
     rows = x.reshape(-1, x.shape[-1])
     mean, var = (None, None) if norm.of_batch else norm.stats.to(x.dtype)
     return F.batch_norm(rows, mean, var, gamma, beta, norm.of_batch, 0.0, norm.eps).view(x.shape)

@@ -26,12 +26,12 @@ from uniformer_kernels._chunked import (
     accumulate,
     compute_dtype,
     fitted,
-    per_row,
     prepare,
     product,
     product_into,
     serves,
     some,
+    spread,
     through_norm,
 )
 from uniformer_kernels._norm import (
@@ -40,8 +40,8 @@ from uniformer_kernels._norm import (
     Norm,
     Prologue,
     Sums,
-    batch_norm_ref,
     check_norm,
+    norm_ref,
 )
 from uniformer_kernels._operator import Operator
 
@@ -62,7 +62,7 @@ def ffn_ref(
     """`ffn` in plain PyTorch; a norm of the batch takes the statistics of x itself."""
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
     b1, b2 = (None if b is None else b.to(x.dtype) for b in (b1, b2))
-    z = x if norm is None else batch_norm_ref(x, norm)
+    z = x if norm is None else norm_ref(x, norm)
     y = F.linear(F.gelu(F.linear(z, w1.flatten(1), b1)), w2.flatten(1), b2)
     y = y if scale is None else y * scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
     return x + y if residual else y
@@ -81,7 +81,7 @@ def _fwd_chunked(
     w1, b1 = (w1, b1) if norm is None else norm.fold(w1, b1)
     w1, w2 = w1.to(chunks.dtype).t(), w2.to(chunks.dtype).t()
     b1, b2 = (None if b is None else b.to(chunks.dtype) for b in (b1, b2))
-    scale = per_row(scale, len(x))
+    scale = spread(scale, len(x))
     hidden, buffer = chunks.buffer(w1.shape[1]), chunks.buffer(y.shape[1])
     for rows, xhat in chunks:
         a = torch.ops.aten.gelu_(product(xhat, w1, b1, hidden))
@@ -103,7 +103,7 @@ def _bwd_chunked(
     dw2, db2 = x.new_zeros(w2.shape, dtype=exact), x.new_zeros(len(w2), dtype=exact)
     c1, bias = (w1, b1) if norm is None else norm.fold(w1, b1)
     c1, c2 = c1.to(chunks.dtype), w2.to(chunks.dtype)
-    bias, scale = None if bias is None else bias.to(chunks.dtype), per_row(scale, len(x))
+    bias, scale = None if bias is None else bias.to(chunks.dtype), spread(scale, len(x))
     hidden, slope, buffer = (chunks.buffer(width) for width in (len(w1), len(w1), x.shape[1]))
     for rows, xhat in chunks:
         d = chunks.gradient(dy[rows], some(scale, rows))
@@ -116,13 +116,17 @@ def _bwd_chunked(
         if with_dw:
             accumulate(dw2, d.t(), torch.ops.aten.gelu_(h))
             db2 += d.sum(0, dtype=exact)
-        if dx is not None:
+        if dx is not None and chunks.per_row:
+            g = chunks.through_rows(rows, product(dh, c1, None, buffer))
+            dx[rows] = g + dy[rows] if residual else g
+        elif dx is not None:
             product_into(dx[rows], dh, c1, None, buffer)
     sums = Sums.of(G, db1, w1, norm)
-    if dx is not None and norm is not None:
-        through_norm(dx, x, norm, sums, group)
-    if dx is not None and residual:
-        dx += dy
+    if dx is not None and not chunks.per_row:
+        if norm is not None:
+            through_norm(dx, x, norm, sums, group)
+        if residual:
+            dx += dy
     return dx, sums, db1, dw2, db2
 
 
@@ -132,9 +136,12 @@ def _bwd_chunked(
 def _fwd_kernel(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, stats: Tensor | None,
     gamma: Tensor | None, beta: Tensor | None, eps: float, of_batch: bool, group: str,
-    scale: Tensor | None, residual: bool, dtype: torch.dtype,
+    per_row: bool, scale: Tensor | None, residual: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    norm, rows = Prologue.of(stats, gamma, beta, eps, of_batch), x.reshape(-1, x.shape[-1])
+    norm, rows = (
+        Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row),
+        x.reshape(-1, x.shape[-1]),
+    )
     run = _fwd_chunked if serves("ffn", x, dtype) else _triton().fwd
     with torch.autocast(x.device.type, enabled=False):
         y = run(rows, w1.flatten(1), b1, w2.flatten(1), b2, norm, scale, residual, dtype)
@@ -149,7 +156,7 @@ def _triton() -> ModuleType:
 
 
 def _fwd_fake(
-    x, w1, b1, w2, b2, stats, gamma, beta, eps, of_batch, group, scale, residual, dtype
+    x, w1, b1, w2, b2, stats, gamma, beta, eps, of_batch, group, per_row, scale, residual, dtype
 ):  # fmt: skip
     return x.new_empty(x.shape, dtype=x.dtype if residual else dtype)
 
@@ -157,13 +164,14 @@ def _fwd_fake(
 def _bwd_kernel(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, stats: Tensor | None,
     gamma: Tensor | None, beta: Tensor | None, eps: float, of_batch: bool, group: str,
-    scale: Tensor | None, residual: bool, dtype: torch.dtype, with_dx: bool, with_dw: bool,
+    per_row: bool, scale: Tensor | None, residual: bool, dtype: torch.dtype, with_dx: bool,
+    with_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx in x's dtype; gradients of w1, b1, w2, b2, gamma and beta in the weights'.
 
     Those that are not wanted come with no elements.
     """
-    norm, C = Prologue.of(stats, gamma, beta, eps, of_batch), x.shape[-1]
+    norm, C = Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row), x.shape[-1]
     m1, m2 = w1.flatten(1), w2.flatten(1)
     run = _bwd_chunked if serves("ffn", x, dtype) else _triton().bwd
     with torch.autocast(x.device.type, enabled=False):
@@ -184,11 +192,11 @@ def _bwd_kernel(
 
 
 def _bwd_fake(
-    dy, x, w1, b1, w2, stats, gamma, beta, eps, of_batch, group, scale, residual, dtype, with_dx,
-    with_dw
+    dy, x, w1, b1, w2, stats, gamma, beta, eps, of_batch, group, per_row, scale, residual, dtype,
+    with_dx, with_dw,
 ):  # fmt: skip
     C, F = x.shape[-1], w1.shape[0]
-    channels = C if with_dw and stats is not None else 0
+    channels = C if with_dw and (stats is not None or per_row) else 0
     return (
         x.new_empty(x.shape if with_dx else 0),
         w1.new_empty(w1.shape if with_dw else 0),
@@ -233,7 +241,7 @@ class _Fwd(torch.autograd.Function):
         dx, dw1, db1, dw2, db2, dgamma, dbeta = (
             g if want else None for g, want in zip(found, wanted, strict=True)
         )
-        return dx, dw1, db1, dw2, db2, None, dgamma, dbeta, *(None,) * 6
+        return dx, dw1, db1, dw2, db2, None, dgamma, dbeta, *(None,) * 7
 
 
 @register_flop_formula(_fwd.packet)
@@ -267,7 +275,8 @@ def ffn(
         b1: (F,), likewise, or None.
         w2: (C, F), likewise.
         b2: (C,), likewise.
-        norm: BatchNorm of x; in training mode `Norm.stats` are x's.
+        norm: BatchNorm of x; in training mode `Norm.stats` are x's. Or LayerNorm, as for
+            `pointwise`.
         scale: (B,), factor on the result for each clip; it gets no gradient.
         residual: whether to add `x`.
 
@@ -278,7 +287,7 @@ def ffn(
         ValueError: a shape or dtype is not as above.
     """
     _check(x, w1, b1, w2, b2, norm, scale)
-    dtype, plain = prepare("ffn", x)
+    dtype, plain = prepare("ffn", x, norm)
     wide = x.is_cuda and x.shape[-1] > WIDEST and _runtime.current_backend() != "triton"
     if plain or wide:
         return ffn_ref(x, w1, b1, w2, b2, norm=norm, scale=scale, residual=residual)

@@ -26,11 +26,12 @@ from uniformer_kernels._chunked import (
     accumulate,
     compute_dtype,
     fitted,
-    per_row,
     prepare,
+    product,
     product_into,
     serves,
     some,
+    spread,
     through_norm,
 )
 from uniformer_kernels._norm import (
@@ -39,9 +40,9 @@ from uniformer_kernels._norm import (
     Norm,
     Prologue,
     Sums,
-    batch_norm_ref,
     channel_stats,
     check_norm,
+    norm_ref,
 )
 from uniformer_kernels._operator import Operator
 
@@ -58,7 +59,7 @@ def pointwise_ref(
     scale: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`pointwise` in plain PyTorch; a norm of the batch takes the statistics of x itself."""
-    x = x if norm is None else batch_norm_ref(x, norm)
+    x = x if norm is None else norm_ref(x, norm)
     y = F.linear(x, weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype))
     y = y if scale is None else y * scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
     return y if residual is None else (residual + y).to(residual.dtype)
@@ -75,7 +76,7 @@ def _fwd_chunked(
     chunks = Chunks(norm, x, compute_dtype(x, dtype))
     y = x.new_empty(len(x), len(weight), dtype=dtype if residual is None else residual.dtype)
     weight, bias = (weight, bias) if norm is None else norm.fold(weight, bias)
-    weight, scale = weight.to(chunks.dtype).t(), per_row(scale, len(x))
+    weight, scale = weight.to(chunks.dtype).t(), spread(scale, len(x))
     bias = None if bias is None else bias.to(chunks.dtype)
     buffer = chunks.buffer(y.shape[1])
     for rows, xhat in chunks:
@@ -93,16 +94,18 @@ def _bwd_chunked(
     dx = x.new_empty(x.shape) if with_dx else None
     G, db = x.new_zeros(weight.shape, dtype=exact), x.new_zeros(len(weight), dtype=exact)
     cast = (weight if norm is None else weight * norm.gamma).to(chunks.dtype)
-    buffer, scale = chunks.buffer(x.shape[1]), per_row(scale, len(x))
+    buffer, scale = chunks.buffer(x.shape[1]), spread(scale, len(x))
     for rows, xhat in chunks:
         d = chunks.gradient(dy[rows], some(scale, rows))
         if with_dw or norm is not None:
             accumulate(G, d.t(), xhat)
             db += d.sum(0, dtype=exact)
-        if dx is not None:
+        if dx is not None and chunks.per_row:
+            dx[rows] = chunks.through_rows(rows, product(d, cast, None, buffer))
+        elif dx is not None:
             product_into(dx[rows], d, cast, None, buffer)
     sums = Sums.of(G, db, weight, norm)
-    if dx is not None and norm is not None:
+    if dx is not None and norm is not None and not chunks.per_row:
         through_norm(dx, x, norm, sums, group)
     return dx, sums, db
 
@@ -112,10 +115,11 @@ def _bwd_chunked(
 
 def _fwd_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, of_batch: bool, group: str, scale: Tensor | None,
+    beta: Tensor | None, eps: float, of_batch: bool, group: str, per_row: bool,
+    scale: Tensor | None,
     residual: Tensor | None, with_stats: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    norm = Prologue.of(stats, gamma, beta, eps, of_batch)
+    norm = Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row)
     rows, weight = x.reshape(-1, x.shape[-1]), weight.flatten(1)
     residual = None if residual is None else residual.reshape(-1, len(weight))
     arguments = (rows, weight, bias, norm, scale, residual, dtype)
@@ -137,7 +141,8 @@ def _triton() -> ModuleType:
 
 
 def _fwd_fake(
-    x, weight, bias, stats, gamma, beta, eps, of_batch, group, scale, residual, with_stats, dtype
+    x, weight, bias, stats, gamma, beta, eps, of_batch, group, per_row, scale, residual,
+    with_stats, dtype,
 ):  # fmt: skip
     N, dtype = weight.shape[0], dtype if residual is None else residual.dtype
     found = x.new_empty(
@@ -148,14 +153,15 @@ def _fwd_fake(
 
 def _bwd_kernel(
     dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, of_batch: bool, group: str, scale: Tensor | None,
+    beta: Tensor | None, eps: float, of_batch: bool, group: str, per_row: bool,
+    scale: Tensor | None,
     dtype: torch.dtype, with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx in x's dtype; gradients of weight, bias, gamma and beta in the weight's.
 
     Those that are not wanted come with no elements.
     """
-    norm = Prologue.of(stats, gamma, beta, eps, of_batch)
+    norm = Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row)
     rows, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1)
     arguments = (dy.reshape(-1, len(weight)), rows, matrix, norm, scale, dtype, group)
     with torch.autocast(x.device.type, enabled=False):
@@ -172,9 +178,9 @@ def _bwd_kernel(
 
 
 def _bwd_fake(
-    dy, x, weight, stats, gamma, beta, eps, of_batch, group, scale, dtype, with_dx, with_dw
+    dy, x, weight, stats, gamma, beta, eps, of_batch, group, per_row, scale, dtype, with_dx, with_dw
 ):
-    N, normed = weight.shape[0], with_dw and stats is not None
+    N, normed = weight.shape[0], with_dw and (stats is not None or per_row)
     channels = x.shape[-1] if normed else 0
     return (
         x.new_empty(x.shape if with_dx else 0),
@@ -221,7 +227,7 @@ class _Fwd(torch.autograd.Function):
             dx, dw, db, dgamma, dbeta = _bwd(dy, *tensors, *constants, scale, dtype, for_x, with_dw)
         return (
             dx if for_x else None, dw if for_weight else None, db if for_bias else None, None,
-            dgamma if for_gamma else None, dbeta if for_beta else None, None, None, None, None,
+            dgamma if for_gamma else None, dbeta if for_beta else None, *(None,) * 5,
             dy if for_residual else None, None, None,
         )  # fmt: skip
 
@@ -256,7 +262,8 @@ def pointwise(
         weight: (N, K), or (N, K, 1, 1, 1) as of an nn.Conv3d; of x's dtype, or fp32.
         bias: (N,), likewise.
         norm: BatchNorm of x; in training mode `Norm.stats` are x's, as `channel_stats`,
-            `dwconv3d_stats` and `pointwise_stats` give them.
+            `dwconv3d_stats` and `pointwise_stats` give them. Or LayerNorm, `Norm(None, per_row=
+            True, ...)`, which on a GPU PyTorch makes in a pass of its own.
         scale: (B,), factor on the result for each clip; it gets no gradient.
         residual: (B, ..., N), added last.
 
@@ -294,7 +301,7 @@ def _run(
     residual: Tensor | None, with_stats: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(x, weight, bias, norm, scale, residual)
-    dtype, plain = prepare("pointwise", x)
+    dtype, plain = prepare("pointwise", x, norm)
     if plain:
         y = pointwise_ref(x, weight, bias, norm=norm, scale=scale, residual=residual)
         return y, channel_stats(y) if with_stats else y
