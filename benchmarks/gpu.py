@@ -39,12 +39,14 @@ __all__ = ["main"]
 
 LIMIT = 540  # seconds, for all steps
 TESTS = (
+    "test_attention",
+    "test_patch_embed",
+    "test_global_block",
     "test_pointwise",
     "test_ffn",
     "test_local_block",
     "test_dwconv3d",
     "test_gpu",
-    "test_attention",
     "test_depthwise",
     "test_layers",
     "test_model",
@@ -71,22 +73,25 @@ def steps(dry: bool, results: Path) -> list[Step]:
     run = [*python, "benchmarks.run"]
     kept = ["--resume", "--no-report", "--out", str(results)]
     tune = [*python, "benchmarks.tune"]
+    tune_attention = [*python, "benchmarks.tune_attention", "--seconds", "40"]
     if dry:
         kept += ["--tiny", "--seconds", "0.01"]
         tests = ["tests/test_dwconv3d.py", "-k", "only_wanted or cannot_run"]
-        tune += ["--dry-run", "--into", str(results / "tuned.json")]
+        into = ["--dry-run", "--into", str(results / "tuned.json")]
+        tune, tune_attention = [*tune, *into], [*tune_attention, *into]
 
     def timed(limit: int) -> list[str]:
         return ["--limit", str(limit - SPARE)]
 
     found = [
-        Step("tests", [*pytest, *tests], 130),
+        Step("tests", [*pytest, *tests], 120),
         Step("tune", [*tune, "--seconds", "60"], 75),
-        Step("operators", [*run, "ops", "dwconv3d|attention", *kept, *timed(95)], 95),
+        Step("attention", tune_attention, 50),
+        Step("operators", [*run, "ops", "dwconv3d|attention", *kept, *timed(85)], 85),
         Step(
-            "networks", [*run, "models", *kept, *([] if dry else ["--compiled"]), *timed(140)], 140
+            "networks", [*run, "models", *kept, *([] if dry else ["--compiled"]), *timed(125)], 125
         ),
-        Step("layers", [*run, "ops", *kept, *timed(60)], 60),
+        Step("layers", [*run, "ops", *kept, *timed(45)], 45),
     ]
     for tool in ("memcheck", "racecheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]

@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from uniformer_kernels import Norm, backend, dwconv3d, dwconv3d_stats, ffn, pointwise_stats
+from uniformer_kernels import (
+    Norm,
+    attention,
+    backend,
+    dwconv3d,
+    dwconv3d_stats,
+    ffn,
+    patch_embed,
+    pointwise_stats,
+)
 
 # Borders of every tile: sizes of one, past a tile, and none of them a multiple.
 SHAPES = ((1, 2, 5, 9, 72), (2, 3, 8, 14, 64), (1, 1, 1, 1, 8))
@@ -38,6 +47,13 @@ def main() -> None:
         for C, F in ((24, 72), (128, 512), (8, 16)):
             _block(torch.randn(2, 3, 5, 7, C, device=device), F, torch.float16)
             launched += 1
+        for N, h, d in ((1, 1, 8), (130, 2, 28), (70, 1, 64)):
+            qkv = torch.randn(2, N, 3 * h * d, device=device, dtype=torch.float16)
+            attention(qkv.requires_grad_(), h).float().square().sum().backward()
+            launched += 1
+        for shape, N in (((2, 5, 9, 11, 3), 16), ((1, 2, 5, 6, 24), 320)):
+            _embed(torch.randn(shape, device=device), N, torch.float16)
+            launched += 1
     if cuda:
         torch.cuda.synchronize()
     print(f"{launched} shapes, dtypes and kernels went through forward and backward")
@@ -56,6 +72,20 @@ def _block(x: torch.Tensor, F: int, dtype: torch.dtype) -> None:
         x, stats = pointwise_stats(x, w, b, norm=norm, scale=scale, residual=x)
         x = ffn(x, w1, b1, w2, b2, norm=Norm(stats, gamma, b), scale=scale, residual=True)
     x.float().square().sum().backward()
+
+
+def _embed(x: torch.Tensor, N: int, dtype: torch.dtype) -> None:
+    """The stem on three channels, in NCTHW memory; else the downsampling."""
+    C = x.shape[-1]
+    stem = C == 3
+    kernel, stride = ((3, 4, 4), (2, 4, 4)) if stem else ((1, 2, 2), (1, 2, 2))
+    weight = torch.randn(N, C, *kernel, device=x.device, requires_grad=True)
+    x = x.permute(0, 4, 1, 2, 3).contiguous().permute(0, 2, 3, 4, 1) if stem else x
+    with torch.autocast(x.device.type, dtype):
+        y = patch_embed(
+            x, weight, None, None, None, stride=stride, padding=(1, 0, 0) if stem else (0, 0, 0)
+        )
+    y.float().square().sum().backward()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ UniFormer's own shapes, and the machine code is counted. The report lies in
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield from _dwconv3d_cases()
     for C, T, H, W in LOCAL:
         yield from (*_pointwise_cases(B * T * H * W, C), *_ffn_cases(B * T * H * W, C))
+    yield from _patch_embed_cases()
     for tokens, heads, channels in HEADS:
         yield from _attention_cases(tokens, heads, channels, wgmma=arch >= 90)
 
@@ -169,6 +172,47 @@ def _attention_cases(N: int, H: int, D: int, wgmma: bool) -> Iterator[Case]:
         sizes = {"N": N, "M": N, "H": H, "scale": 0.125}
         arguments = pointers | strides | sizes | config.arguments
         yield f"attention_{name} bf16 N={N} H={H} D={D}", kernel, arguments, options(config)
+
+
+EMBEDDINGS: dict[str, Any] = {  # x's dtype and sizes, channels out, kernel, stride, padding
+    "stem": ("bf16", (16, 224, 224, 3), 64, (3, 4, 4), (2, 4, 4), (1, 0, 0)),
+    "stem of pixels": ("u8", (16, 224, 224, 3), 64, (3, 4, 4), (2, 4, 4), (1, 0, 0)),
+    **{
+        f"to C={next_.C}": ("fp32", (s.T, s.H, s.W, s.C), next_.C, (1, 2, 2), (1, 2, 2), (0, 0, 0))
+        for s, next_ in pairwise(STAGES)
+    },
+}
+
+
+def _patch_embed_cases() -> Iterator[Case]:
+    """Clips in NCTHW, feature maps in channels-last memory."""
+    from uniformer_kernels import patch_embed_triton as op
+
+    for label, (dtype, (T, H, W, C), N, kernel, stride, padding) in EMBEDDINGS.items():
+        out = tuple(
+            (size + 2 * p - k) // s + 1
+            for size, k, s, p in zip((T, H, W), kernel, stride, padding, strict=True)
+        )
+        K = C * math.prod(kernel)
+        nct = "stem" in label
+        strides = (C * T * H * W, H * W, W, 1, T * H * W) if nct else (T * H * W * C, H * W * C,
+                                                                      W * C, C, 1)  # fmt: skip
+        config = op.fwd_config(B * math.prod(out), K, N, 2)
+        pointers = {"X": dtype, "Weight": "bf16", "Y": "fp32"}
+        pointers |= dict.fromkeys(("Bias", "Gamma", "Beta"), "fp32")
+        sizes = dict(zip(("T", "H", "W", "TO", "HO", "WO"), (T, H, W, *out), strict=True))
+        sizes |= {f"stride_x{axis}": n for axis, n in zip("bthwc", strides, strict=True)}
+        numbers = dict.fromkeys(
+            ["eps", *(f"{n}{i}" for n in ("scale", "shift") for i in "012")], 0.5
+        )
+        constants = dict(zip(("KT", "KH", "KW", "ST", "SH", "SW", "PT", "PH", "PW"),
+                             (*kernel, *stride, *padding), strict=True))  # fmt: skip
+        constants |= {"C": C, "N": N, "COLUMNS_LAST": nct, "PIXELS": dtype == "u8"}
+        arguments = pointers | sizes | {"M": B * math.prod(out)} | numbers | constants
+        yield (
+            f"patch_embed_fwd bf16 {label}", op._patch_embed_fwd_kernel,
+            arguments | config.arguments, options(config),
+        )  # fmt: skip
 
 
 def options(config: Any) -> dict[str, int]:

@@ -330,12 +330,14 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def write(path: Path, arch: str, environment: Row, key: str, row: Row) -> None:
+def write(
+    path: Path, arch: str, environment: Row, key: str, row: Row, op: str = "dwconv3d"
+) -> None:  # fmt: skip
     """Put a row among what is there; the file is replaced whole or not at all."""
     content = read(path)
     table = content.setdefault(arch, {})
     table["environment"] = environment
-    table.setdefault("dwconv3d", {})[key] = row
+    table.setdefault(op, {})[key] = row
     part = path.with_name(f"{path.name}.{os.getpid()}")
     part.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, path)

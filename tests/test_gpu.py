@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from tests.check import assert_matches
 from uniformer.configs import UniFormerConfig
 from uniformer.local_block import LocalBlock
-from uniformer_kernels import backend, dwconv3d
+from uniformer_kernels import attention, backend, dwconv3d
+from uniformer_kernels.attention import attention_ref
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +55,43 @@ def test_local_blocks_are_equal_to_the_bit(C, size):
         for now, then in zip(once(), first, strict=True):
             different += (now != then).sum()
     assert int(different) == 0
+
+
+@pytest.mark.parametrize(("N", "h", "d"), [(1568, 5, 64), (392, 8, 64), (1568, 8, 28)])
+def test_attention_is_equal_to_the_bit(N, h, d):
+    qkv = torch.randn(4, N, 3 * h * d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dout = torch.randn(4, N, h * d, device="cuda", dtype=torch.bfloat16)
+    with backend("triton"):
+
+        def once():
+            out = attention(qkv, h)
+            return [out, *torch.autograd.grad(out, qkv, dout)]
+
+        first, different = once(), torch.zeros((), device="cuda", dtype=torch.int64)
+        for _ in range(1000):
+            for now, then in zip(once(), first, strict=True):
+                different += (now != then).sum()
+    assert int(different) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "d"), [(49, 64), (196, 28), (392, 64), (784, 32), (1568, 64)])
+def test_attention_in_16_bits_errs_no_more_than_the_formula(N, d, dtype):
+    qkv = torch.randn(2, N, 3 * 2 * d, device="cuda", dtype=dtype)
+    with backend("triton"):
+        assert_matches(lambda x: attention(x, 2), lambda x: attention_ref(x, 2), [qkv])
+
+
+def test_attention_over_25088_tokens():
+    """All tokens of the first stage, of the paper's GGGG ablation: no N x N tensor would fit."""
+    qkv = torch.randn(1, 25088, 3 * 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    with backend("triton"):
+        attention(qkv, 1).sum().backward()
+    assert torch.cuda.max_memory_allocated() < 2 * 2**30
+    want = attention_ref(qkv[:, :].detach().float()[:, ::49], 1)  # and a part of it is right
+    got = attention(qkv.detach()[:, ::49], 1)
+    torch.testing.assert_close(got.float(), want, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import tune
+from benchmarks import tune, tune_attention
 from uniformer_kernels import _runtime, dwconv3d, dwconv3d_native
 from uniformer_kernels.dwconv3d import dwconv3d_ref
 
@@ -389,3 +389,16 @@ def test_mistakes_are_found_before_anything_is_measured(tmp_path, capsys, monkey
         with contextlib.suppress(SystemExit):
             tune.main([])
         assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_attention_is_tuned_beside_pytorchs(tmp_path, monkeypatch):
+    into = tmp_path / "tuned.json"
+    tune_attention.main(["--dry-run", "--into", str(into)])
+    table = json.loads(into.read_text())[tune.environment(1)[0]]["attention"]
+    assert set(table) == {"fwd fp16 8 28", "step fp16 8 28"}
+    for row in table.values():
+        assert row["backend"] in ("triton", "sdpa")
+        assert row["ms"] <= min(row["rival_ms"].values())
+    monkeypatch.setattr(_runtime, "TUNED", into)
+    read = _runtime._read_tuned(tune.environment(1)[0])
+    assert read["attention", ("fwd", torch.float16, 8, 28)] == table["fwd fp16 8 28"]

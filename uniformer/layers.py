@@ -5,21 +5,26 @@ Parameters have the official names and shapes, convolutions of size 1 included.
 Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniformer_kernels import (
+    Pixels,
     announce,
     attention,
     current_backend,
     dwconv3d,
     ffn,
+    patch_embed,
     pointwise,
 )
 
 __all__ = [
-    "DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "batch_norm",
+    "DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "Pixels",
+    "batch_norm",
     "runs_fused", "why_not_around",
 ]  # fmt: skip
 
@@ -262,6 +267,16 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
         self.proj = nn.Conv3d(dim, out_dim, kernel_size, stride, padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, H, W, C) -> (B, T', H', W', out_dim); edges that fill no stride are dropped."""
-        return self.norm(self.proj(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1))
+    def forward(self, x: Tensor, pixels: Pixels | None = None) -> Tensor:
+        """x (B, T, H, W, C) -> (B, T', H', W', out_dim); edges that fill no stride are dropped.
+
+        With `pixels` x is uint8, in 0..255, and normalised on the way.
+        """
+        proj, norm = self.proj, self.norm
+        if why_not_around(self, norm=(nn.LayerNorm,), proj=(nn.Conv3d,)) is not None:
+            x = x if pixels is None else pixels.normalise(x, proj.weight.dtype)
+            return norm(proj(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1))
+        return patch_embed(
+            x, proj.weight, proj.bias, norm.weight, norm.bias, stride=proj.stride,
+            padding=cast(tuple[int, ...], proj.padding), eps=norm.eps, pixels=pixels,
+        )  # fmt: skip

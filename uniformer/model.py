@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from uniformer.configs import InputConfig, UniFormerConfig
 from uniformer.global_block import GlobalBlock, SplitBlock
-from uniformer.layers import PatchEmbed
+from uniformer.layers import PatchEmbed, Pixels
 from uniformer.local_block import LocalBlock
 
 __all__ = ["GlobalBlock", "LocalBlock", "SplitBlock", "UniFormer"]
@@ -96,7 +96,8 @@ class UniFormer(nn.Module):
         """Feature map before pooling.
 
         Args:
-            x: (B, 3, T, H, W), floating point, normalised; T >= 1, H and W >= 32.
+            x: (B, 3, T, H, W), floating point and normalised, or where `input` is known uint8, red,
+                green and blue in 0..255; T >= 1, H and W >= 32.
 
         Returns:
             (B, C, ceil(T/2), H//32, W//32), a channels_last_3d view.
@@ -105,14 +106,22 @@ class UniFormer(nn.Module):
             ValueError: `x` is not as above.
         """
         self._check_input(x)
-        x = x.permute(0, 2, 3, 4, 1)
         for stage, count in enumerate(self.grad_checkpointing, start=1):
-            x = self.get_submodule(f"patch_embed{stage}")(x)
-            x = self.pos_drop(x) if stage == 1 else x
+            x = self._stem(x) if stage == 1 else self.get_submodule(f"patch_embed{stage}")(x)
             for i, block in enumerate(self.get_submodule(f"blocks{stage}").children()):
                 recompute = i < count and torch.is_grad_enabled()
                 x = _checkpointed(block, x) if recompute else block(x)
         return self.norm(x.permute(0, 4, 1, 2, 3))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """x (B, 3, T, H, W), normalised or uint8 -> (B, T', H', W', C)."""
+        pixels = None
+        if x.dtype == torch.uint8 and self.input is not None:
+            pixels = Pixels(self.input.mean, self.input.std)
+            if self.input.bgr:
+                (r, g, b), (sr, sg, sb) = pixels
+                x, pixels = x.flip(1), Pixels((b, g, r), (sb, sg, sr))
+        return self.pos_drop(self.patch_embed1(x.permute(0, 2, 3, 4, 1), pixels))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """x (B, C, T, H, W), the feature map -> (B, num_classes), or (B, C) with `pre_logits`."""
@@ -129,10 +138,12 @@ class UniFormer(nn.Module):
             raise ValueError(
                 f"the clip must be (B, {channels}, T, H, W), got shape {tuple(x.shape)}"
             )
-        if not x.is_floating_point():
+        known = self.input is not None and channels == 3
+        if not x.is_floating_point() and not (x.dtype == torch.uint8 and known):
             raise ValueError(
                 f"the clip must be floating point and normalised, got {x.dtype}: for pixels in "
-                f"0..255 that is (x / 255 - mean) / std"
+                f"0..255 that is (x / 255 - mean) / std, which is done here for a uint8 clip once "
+                f"model.input says which, as in model.input = uniformer.InputConfig()"
             )
         if x.shape[2] < 1 or min(x.shape[3:]) < MIN_SIZE:
             raise ValueError(

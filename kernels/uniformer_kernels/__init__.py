@@ -11,11 +11,13 @@ from uniformer_kernels._runtime import (
 from uniformer_kernels.attention import attention, attention_qkv
 from uniformer_kernels.dwconv3d import MAX_KERNEL, dwconv3d, dwconv3d_stats
 from uniformer_kernels.ffn import ffn
+from uniformer_kernels.patch_embed import Pixels, patch_embed
 from uniformer_kernels.pointwise import pointwise, pointwise_stats
 
 __all__ = [
     "MAX_KERNEL",
     "Norm",
+    "Pixels",
     "announce",
     "attention",
     "attention_qkv",
@@ -25,6 +27,7 @@ __all__ = [
     "dwconv3d",
     "dwconv3d_stats",
     "ffn",
+    "patch_embed",
     "pointwise",
     "pointwise_stats",
     "product_dtype",

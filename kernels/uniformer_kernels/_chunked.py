@@ -8,6 +8,7 @@ an erf-GELU takes 2 ms instead of 8 (two threads, fp32, 64 to 256 channels).
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class Chunks:
-    """Rows of x in `dtype`, some at a time: xhat, or x itself where there is no norm.
+    """Rows of x in `dtype`, some at a time: xhat, or x itself where there is no norm; of a
+    LayerNorm gamma * xhat + beta.
 
     Iterating gives (rows, their xhat). All chunks share the memory of the first, and so do the
     intermediate results for which `buffer` lays it out: none is fetched from the system again.
@@ -108,6 +110,12 @@ class Chunks:
         self.norm, self.x, self.dtype = norm, x, dtype
         self.per_row = norm is not None and norm.mean is None
         self.step = min(len(x), GPU_ROWS if x.is_cuda else ROWS[dtype.itemsize])
+
+    def sums(self, G: Tensor, db: Tensor, weight: Tensor) -> Sums:
+        """What the gradients of the product's weight, of xhat, and bias tell, after all rows."""
+        if self.per_row:
+            return Sums(G, self.of_gamma, self.of_beta)
+        return Sums.of(G, db, weight, self.norm)
 
     def buffer(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """For a chunk's rows of `width` elements."""
@@ -119,29 +127,38 @@ class Chunks:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         norm, x, width = self.norm, self.x, self.x.shape[1]
-        wide = cast = shift = x
+        wide = narrow = shift = gamma = beta = x
         if norm is not None and not self.per_row:
             wide, shift = self.buffer(width, norm.rstd.dtype), -norm.mean * norm.rstd
+        if norm is not None and self.per_row:
+            gamma, beta = norm.gamma.to(x.dtype), norm.beta.to(x.dtype)
+            self.of_gamma, self.of_beta = torch.zeros_like(norm.gamma), torch.zeros_like(norm.beta)
         if wide.dtype != self.dtype:
-            cast = self.buffer(width)
+            narrow = self.buffer(width)
         for first in range(0, len(x), self.step):
             rows = slice(first, min(first + self.step, len(x)))
             part = x[rows]
             if norm is not None and self.per_row:
-                part, *self.stats = torch.native_layer_norm(part, (width,), None, None, norm.eps)
+                part, *self.stats = torch.native_layer_norm(part, (width,), gamma, beta, norm.eps)
             elif norm is not None:  # one multiplication and one addition
                 part = torch.addcmul(shift, part, norm.rstd, out=wide[: len(part)])
             if part.dtype != self.dtype:
-                part = cast[: len(part)].copy_(part)
+                part = narrow[: len(part)].copy_(part)
             yield rows, part
 
     def through_rows(self, rows: slice, g: Tensor) -> Tensor:
-        """Of the chunk at hand, from g, the gradient of xhat, that of x, where the norm is one of
-        each row."""
-        x = self.x[rows]
-        return torch.ops.aten.native_layer_norm_backward(
-            g.to(x.dtype), x, x.shape[1:], *self.stats, None, None, [True, False, False]
-        )[0]
+        """Of the chunk at hand, from g, the gradient of the LayerNorm's result, that of x.
+
+        What it adds to the gradients of gamma and beta goes into `of_gamma` and `of_beta`.
+        """
+        x, norm = self.x[rows], cast(Prologue, self.norm)
+        gamma, beta = norm.gamma.to(x.dtype), norm.beta.to(x.dtype)
+        dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
+            g.to(x.dtype), x, x.shape[1:], *self.stats, gamma, beta, [True, True, True]
+        )
+        self.of_gamma += dgamma
+        self.of_beta += dbeta
+        return dx
 
 
 def through_norm(g: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str) -> None:

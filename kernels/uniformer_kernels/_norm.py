@@ -14,8 +14,8 @@ over rows come out of that: with G = dout^T xhat and db = sum dout, both of W's 
 
     dgamma = sum_n W * G    dbeta = db W    dW = gamma * G + db beta^T
 
-That goes for a LayerNorm, too, whose statistics are those of a row of C channels: the operator that
-reads the row makes them, and dx has means over channels in place of those over rows.
+A LayerNorm's statistics are those of a row of C channels: the operator that reads the row makes
+them, and gamma and beta are applied there, too.
 """
 
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ NO_NORM = (None, None, None, 0.0, True, "", False)
 class Prologue(NamedTuple):
     """A norm in numbers: xhat = (x - mean) * rstd. Gamma and beta go into the weight behind it.
 
-    Of a LayerNorm mean and rstd are None: every row has its own.
+    Of a LayerNorm mean and rstd are None: every row has its own, and gamma and beta go into xhat.
     """
 
     mean: Any
@@ -117,9 +117,11 @@ class Prologue(NamedTuple):
         beta = x.new_zeros(shape, dtype=dtype) if beta is None else beta.to(dtype)
         return cls(mean, rstd, gamma, beta, of_batch, eps)
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (N, C) and bias (N,) for xhat: as exact in 16 bits as rounded gamma * xhat + beta
-        would be, since xhat is of size 1 whatever the mean of x."""
+        would be, since xhat is of size 1 whatever the mean of x. A LayerNorm leaves them alone."""
+        if self.mean is None:
+            return weight, bias
         weight = weight.to(self.gamma.dtype)
         shift = weight @ self.beta
         return weight * self.gamma, shift if bias is None else shift + bias

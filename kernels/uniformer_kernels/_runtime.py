@@ -153,6 +153,7 @@ def report() -> list[tuple[str, str, str, dict[str, str | None]]]:
     return rows
 
 
+@torch.compiler.assume_constant_result
 def why_not(name: str) -> str | None:
     """Why a backend cannot run here, or None."""
     if name == "triton":

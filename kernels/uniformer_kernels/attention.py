@@ -68,7 +68,7 @@ def _served_by(q: Tensor, k: Tensor, scale: float | None, dropout: float, packed
         return asked
     if q.device.type not in ("cpu", "cuda") or q.dtype == torch.float64:
         return "sdpa"
-    chosen = _default(q.device)
+    chosen = _runtime.serving("attention", q.device)
     if chosen == "sdpa" and asked == "auto" and _measured_faster(q, k):
         chosen = "triton"
     if chosen == "triton":
@@ -81,11 +81,6 @@ def _served_by(q: Tensor, k: Tensor, scale: float | None, dropout: float, packed
     if why is not None or _runtime.under_torch_func("attention"):
         return "sdpa"
     return chosen
-
-
-@torch.compiler.assume_constant_result
-def _default(device: torch.device) -> str:
-    return _runtime.serving("attention", device)
 
 
 def _why_not_triton(q: Tensor, k: Tensor, scale: float | None, dropout: float) -> str | None:

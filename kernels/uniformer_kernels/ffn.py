@@ -116,12 +116,13 @@ def _bwd_chunked(
         if with_dw:
             accumulate(dw2, d.t(), torch.ops.aten.gelu_(h))
             db2 += d.sum(0, dtype=exact)
-        if dx is not None and chunks.per_row:
+        if chunks.per_row:
             g = chunks.through_rows(rows, product(dh, c1, None, buffer))
-            dx[rows] = g + dy[rows] if residual else g
+            if dx is not None:
+                dx[rows] = g + dy[rows] if residual else g
         elif dx is not None:
             product_into(dx[rows], dh, c1, None, buffer)
-    sums = Sums.of(G, db1, w1, norm)
+    sums = chunks.sums(G, db1, w1)
     if dx is not None and not chunks.per_row:
         if norm is not None:
             through_norm(dx, x, norm, sums, group)

@@ -93,18 +93,21 @@ def _bwd_chunked(
     exact = torch.promote_types(torch.float32, chunks.dtype)
     dx = x.new_empty(x.shape) if with_dx else None
     G, db = x.new_zeros(weight.shape, dtype=exact), x.new_zeros(len(weight), dtype=exact)
-    cast = (weight if norm is None else weight * norm.gamma).to(chunks.dtype)
+    gamma = None if norm is None or chunks.per_row else norm.gamma
+    cast = (weight if gamma is None else weight * gamma).to(chunks.dtype)
     buffer, scale = chunks.buffer(x.shape[1]), spread(scale, len(x))
     for rows, xhat in chunks:
         d = chunks.gradient(dy[rows], some(scale, rows))
         if with_dw or norm is not None:
             accumulate(G, d.t(), xhat)
             db += d.sum(0, dtype=exact)
-        if dx is not None and chunks.per_row:
-            dx[rows] = chunks.through_rows(rows, product(d, cast, None, buffer))
+        if chunks.per_row:
+            g = chunks.through_rows(rows, product(d, cast, None, buffer))
+            if dx is not None:
+                dx[rows] = g
         elif dx is not None:
             product_into(dx[rows], d, cast, None, buffer)
-    sums = Sums.of(G, db, weight, norm)
+    sums = chunks.sums(G, db, weight)
     if dx is not None and norm is not None and not chunks.per_row:
         through_norm(dx, x, norm, sums, group)
     return dx, sums, db
