@@ -89,4 +89,5 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert (y == y[:, :1, :1]).all()
     assert abs(float(y.mean()) - 1) < 0.05
     assert layer.eval()(x) is x
+    assert not DropPath(1.0)(x).any()
     assert DropPath(0.0)(x) is x

@@ -16,7 +16,7 @@ from tests.reference_values import (
     generator,
     golden,
 )
-from uniformer import UniFormer, UniFormerConfig
+from uniformer import UniFormer, UniFormerConfig, create_model
 from uniformer.configs import PRESETS
 from uniformer.model import SplitBlock
 from uniformer_kernels import backend
@@ -309,3 +309,14 @@ def test_the_network_exports():
 def test_an_empty_batch_passes():
     model = tiny().eval()
     assert model(torch.zeros(0, 3, 4, 32, 32)).shape == (0, model.num_classes)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("batch", "device"), [(2, "meta"), (0, "cpu")])
+def test_shapes_without_numbers(batch, device, split):
+    """What a planner of memory asks for, and an empty batch."""
+    model = create_model("uniformer_nano", num_classes=3, split=split).to(device)
+    clips = torch.zeros(batch, 3, 4, 32, 32, device=device)
+    for mode in (model.eval(), model.train()):
+        if batch or not mode.training:
+            assert mode(clips).shape == (batch, 3)

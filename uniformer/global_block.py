@@ -86,6 +86,8 @@ class SplitBlock(GlobalBlock):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, H, W, C) -> (B, T, H, W, C)."""
         B, _, H, W, _ = x.shape
+        if B == 0:
+            return x
         x = self.pos_embed(x)
         t = rearrange(x, "b t h w c -> (b h w) t c")
         t = t + self.drop_path(self.t_attn(self.t_norm(t)))

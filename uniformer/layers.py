@@ -45,7 +45,8 @@ class DropPath(nn.Module):
         """The factor of each sample, (B,): 0, or what makes up for those; None for ones."""
         if self.rate == 0.0 or not self.training:
             return None
-        return x.new_empty(len(x)).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        kept = 1 - self.rate
+        return x.new_empty(len(x)).bernoulli_(kept).div_(kept or 1.0)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -173,7 +173,9 @@ def _folded(norm: Any, conv: Any) -> tuple[Tensor, Tensor]:
     Made anew in every pass, a handful of operations on small matrices: whether a parameter has
     changed cannot be known for sure, since writes through `.data` or numpy leave no trace.
     """
-    with torch.autocast(conv.weight.device.type, enabled=False):  # to be rounded later, if at all
+    device = conv.weight.device.type
+    known = torch.amp.is_autocast_available(device)  # not of meta tensors
+    with torch.autocast(device if known else "cpu", enabled=False):  # to be rounded later, if so
         factor = (norm.running_var + norm.eps).rsqrt()
         factor = factor if norm.weight is None else factor * norm.weight
         shift = -norm.running_mean * factor

@@ -237,7 +237,7 @@ def patch_embed(
     like = weight if pixels is not None else x
     if _plain(x, weight, like):
         return patch_embed_ref(
-            x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(like.dtype),
+            x, weight.to(like.dtype) if _runtime.autocast_dtype(x) is None else weight,
             None if bias is None else bias.to(like.dtype), gamma, beta, stride=stride,
             padding=padding, eps=eps, pixels=pixels,
         )  # fmt: skip
