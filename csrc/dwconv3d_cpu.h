@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -40,9 +42,6 @@ struct Tensor {
   const void* data;
   const int64_t* stride;  // of b, t, h, w, c, in elements
 };
-
-typedef void (*Body)(int64_t begin, int64_t end, void* context);
-typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
 
 inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 

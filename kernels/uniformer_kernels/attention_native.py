@@ -48,10 +48,17 @@ def fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
 def bwd(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float
 ) -> Tensor:
-    """dqkv (B, N, 3*h*d), by PyTorch's kernel from our forward's results."""
-    dout, out = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (dout, out))
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse.transpose(1, 2), 0.0, False, scale=scale
-    )
-    return torch.stack([g.transpose(1, 2) for g in found], dim=2).flatten(2)
+    """dqkv (B, N, 3*h*d) from dout, and from what forward read and gave; contiguous."""
+    dout, qkv, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (dout, qkv, out))
+    lse = lse.contiguous()
+    B, N, width = qkv.shape
+    dqkv = qkv.new_empty(B, N, width)
+    code = library("native").uniformer_attention_bwd(
+        pointer(qkv), int64s(qkv.stride()), pointer(dout), int64s(dout.stride()), pointer(out),
+        int64s(out.stride()), pointer(lse), pointer(dqkv),
+        int64s((B, N, num_heads, width // 3 // num_heads)), ctypes.c_float(scale),
+        _runtime.parallel_for(),
+    )  # fmt: skip
+    if code:
+        raise MemoryError(f"no memory for the gradient of {tuple(qkv.shape)}")
+    return dqkv

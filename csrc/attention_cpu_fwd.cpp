@@ -2,40 +2,26 @@
 //
 //   o[n] = sum_m softmax_m(scale q[n].k[m]) v[m]        for every clip and head
 //
-// Products are made of pairs: an instruction adds two products of bf16 to each of 16 sums in fp32.
-// K and V are packed once a head so that a pair lies side by side, sixteen keys (channels) to a
-// vector. ROWS queries go through all keys in blocks, with the softmax's maximum and sum brought
-// along; a block's scores stay in the first-level cache. PyTorch's own kernel is as fast in bf16 as
-// it is in fp32, about half as fast as this one (benchmarks/bench_attention.py).
+// K and V are packed once a head, sixteen keys (channels) to a vector. ROWS queries go through all
+// keys in blocks, with the softmax's maximum and sum brought along; a block's scores stay in the
+// first-level cache. PyTorch's own kernel is as fast in bf16 as it is in fp32, about half as fast
+// as this one (benchmarks/bench_attention.py).
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <new>
 #include <vector>
 
-#if defined(__AVX512BF16__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own header
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
+#include "attention_cpu.h"
 
 namespace {
 
-typedef void (*Body)(int64_t begin, int64_t end, void* context);
-typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
-
 #if defined(__AVX512BF16__)
 
-constexpr int LANES = 16;
-constexpr int ROWS = 6;               // queries: 6 x 4 vectors of sums, 4 of keys, of 32 registers
-constexpr int STEP = 4 * LANES;       // keys that share a pass over the channels
 constexpr int64_t BLOCK = 8 * STEP;   // keys between two corrections by the maximum
 constexpr int64_t TILE = 8 * ROWS;    // queries of a job
-constexpr float LOG2E = 1.44269504f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 struct Job {
@@ -59,49 +45,16 @@ void pack(int64_t begin, int64_t end, void* context) {
     const int64_t b = index / job.h, head = index % job.h;
     uint16_t* keys = job.keys + index * job.padded * job.d;
     uint16_t* values = job.values + index * job.padded * job.d;
-    for (int64_t n = 0; n < job.padded; ++n) {
-      uint16_t* k = keys + n / STEP * STEP * job.d + n % STEP * 2;
-      uint16_t* v = values + n / 2 * 2 * job.d + n % 2;
-      if (n >= job.N) {
-        for (int64_t c = 0; c < job.d; ++c) k[c / 2 * 2 * STEP + c % 2] = v[2 * c] = 0;
-        continue;
+    for (int64_t n = 0; n < job.padded; n += 2) {
+      const uint16_t *k[2], *v[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        k[i] = n + i < job.N ? job.row(b, n + i, 1, head) : ZEROS;
+        v[i] = n + i < job.N ? job.row(b, n + i, 2, head) : ZEROS;
       }
-      const uint16_t *from_k = job.row(b, n, 1, head), *from_v = job.row(b, n, 2, head);
-      for (int64_t c = 0; c < job.d; c += 2) std::memcpy(k + c * STEP, from_k + c, 4);
-      for (int64_t c = 0; c < job.d; ++c) v[2 * c] = from_v[c];
+      pack_columns(k, job.d, STEP, n % STEP, keys + n / STEP * STEP * job.d);
+      pack_pairs(v, job.d, values + n * job.d);
     }
   }
-}
-
-// sums[r][v] += pairs of row r of a (`stride` elements apart) times those of b (V vectors a pair).
-template <int R, int V>
-inline __attribute__((always_inline)) void products(
-    const uint16_t* a, int64_t stride, const uint16_t* b, int64_t pairs, __m512 (&sums)[R][V]) {
-  for (int64_t p = 0; p < pairs; ++p) {
-    __m512bh right[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      right[v] = (__m512bh)_mm512_loadu_si512(b + (p * V + v) * 2 * LANES);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, a + r * stride + 2 * p, sizeof pair);
-      const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], left, right[v]);
-    }
-  }
-}
-
-// e^x for x <= 0, to 3e-6; NaN stays.
-inline __m512 exp(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_mul_ps(x, _mm512_set1_ps(LOG2E)));
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, n);
-  __m512 y = _mm512_set1_ps(1.3333558e-3f);  // ln(2)^k / k!, from k = 5 down
-  for (float c : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(y, n);
 }
 
 // R queries from n on, through all keys.
@@ -113,7 +66,7 @@ void queries(const Job& job, int64_t b, int64_t head, int64_t n) {
   const uint16_t* values = job.values + index * job.padded * d;
   alignas(64) float scores[R][BLOCK];
   alignas(64) uint16_t weights[R][BLOCK];
-  alignas(64) float out[R][V * LANES] = {};
+  alignas(64) float out[R][V * LANES];  // written by the first block
   float most[R], sum[R] = {};
   std::fill(most, most + R, -INF);
 
@@ -124,8 +77,7 @@ void queries(const Job& job, int64_t b, int64_t head, int64_t n) {
       products<R, 4>(q, job.stride_n, keys + (first + m) * d, d / 2, sums);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < 4; ++v) {
-          const int64_t left = job.N - first - m - v * LANES;  // keys that there are
-          const __mmask16 real = left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+          const __mmask16 real = lanes(job.N - first - m - v * LANES);
           const __m512 score = _mm512_mul_ps(sums[r][v], _mm512_set1_ps(job.scale));
           _mm512_store_ps(
               scores[r] + m + v * LANES, _mm512_mask_blend_ps(real, _mm512_set1_ps(-INF), score));
@@ -143,22 +95,17 @@ void queries(const Job& job, int64_t b, int64_t head, int64_t n) {
         const __m512 low = exp(_mm512_sub_ps(_mm512_load_ps(scores[r] + m), shift));
         const __m512 high = exp(_mm512_sub_ps(_mm512_load_ps(scores[r] + m + LANES), shift));
         total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-        _mm512_store_si512(weights[r] + m, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        _mm512_store_si512(weights[r] + m, both(low, high));
       }
       sum[r] = sum[r] * factor + _mm512_reduce_add_ps(total);
       most[r] = now;
-      if (factor != 1.0f)
+      if (first > 0 && factor != 1.0f)
         for (int v = 0; v < V; ++v) {
           float* at = out[r] + v * LANES;
           _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(factor)));
         }
     }
-    __m512 sums[R][V];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) sums[r][v] = _mm512_load_ps(out[r] + v * LANES);
-    products<R, V>(weights[0], BLOCK, values + first * d, count / 2, sums);
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) _mm512_store_ps(out[r] + v * LANES, sums[r][v]);
+    accumulate<R, V>(weights[0], BLOCK, values + first * d, count / 2, first > 0, out[0]);
   }
 
   for (int r = 0; r < R; ++r) {
@@ -181,7 +128,7 @@ void tile(const Job& job, int64_t b, int64_t head, int64_t n) {
 
 void run(int64_t begin, int64_t end, void* context) {
   const Job& job = *static_cast<Job*>(context);
-  const int64_t tiles = (job.N + TILE - 1) / TILE;
+  const int64_t tiles = tiles_of(job.N, TILE);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index % tiles * TILE, head = index / tiles % job.h, b = index / tiles / job.h;
     switch (job.d / LANES) {
@@ -197,25 +144,20 @@ void run(int64_t begin, int64_t end, void* context) {
 
 }  // namespace
 
-// Whether `uniformer_attention_fwd` serves heads of `d` channels on the processor it is built for.
-extern "C" int32_t uniformer_attention_fwd_serves(int64_t d) {
-#if defined(__AVX512BF16__)
-  return d > 0 && d <= 64 && d % 16 == 0;
-#else
-  return 0;
-#endif
-}
+// Whether `uniformer_attention_fwd` and `_bwd` serve heads of `d` channels on the processor that
+// they are built for.
+extern "C" int32_t uniformer_attention_fwd_serves(int64_t d) { return serves(d); }
 
 // qkv: (B, N, 3, h, d) bf16, all but the first two axes contiguous, strides in elements; out
-// (B, N, h, d) and lse (B, N, h), the natural logarithm of each softmax's sum, or null, are written.
-// shape {B, N, h, d}. Returns 0, 1 where memory ran out, 2 for heads that it does not serve.
+// (B, N, h, d) and lse (B, N, h), the logarithm of each softmax's sum, or null, are written; shape
+// {B, N, h, d}. Returns 0, 1 where memory ran out, 2 for heads that it does not serve.
+#if defined(__AVX512BF16__)
 extern "C" int32_t uniformer_attention_fwd(
     const void* qkv, int64_t stride_b, int64_t stride_n, void* out, float* lse,
     const int64_t* shape, float scale, ParallelFor parallel_for) {
-  if (!uniformer_attention_fwd_serves(shape[3])) return 2;
-#if defined(__AVX512BF16__)
+  if (!serves(shape[3])) return 2;
   static thread_local std::vector<uint16_t> packed;
-  const int64_t heads = shape[0] * shape[2], padded = (shape[1] + STEP - 1) / STEP * STEP;
+  const int64_t heads = shape[0] * shape[2], padded = tiles_of(shape[1], STEP) * STEP;
   const int64_t size = heads * padded * shape[3];
   try {
     packed.resize(2 * size);
@@ -225,10 +167,13 @@ extern "C" int32_t uniformer_attention_fwd(
   Job job = {static_cast<const uint16_t*>(qkv), stride_b, stride_n, static_cast<uint16_t*>(out),
              lse, shape[0], shape[1], shape[2], shape[3], scale, padded,
              packed.data(), packed.data() + size};
-  const int64_t tiles = (shape[1] + TILE - 1) / TILE;
+  const int64_t tiles = tiles_of(shape[1], TILE);
   return parallel_for(0, heads, 1, pack, &job) ||
          parallel_for(0, heads * tiles, 1, run, &job);
-#else
-  return 2;
-#endif
 }
+#else
+extern "C" int32_t uniformer_attention_fwd(
+    const void*, int64_t, int64_t, void*, float*, const int64_t*, float, ParallelFor) {
+  return 2;
+}
+#endif
