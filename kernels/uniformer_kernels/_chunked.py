@@ -109,7 +109,8 @@ class Chunks:
     def __init__(self, norm: Prologue | None, x: Tensor, dtype: torch.dtype) -> None:
         self.norm, self.x, self.dtype = norm, x, dtype
         self.per_row = norm is not None and norm.mean is None
-        self.step = min(len(x), GPU_ROWS if x.is_cuda else ROWS[dtype.itemsize])
+        parts = max(len(x) // (GPU_ROWS if x.is_cuda else ROWS[dtype.itemsize]), 1)
+        self.step = -(-len(x) // parts)  # alike: a short last chunk starves the threads
 
     def sums(self, G: Tensor, db: Tensor, weight: Tensor) -> Sums:
         """What the gradients of the product's weight, of xhat, and bias tell, after all rows."""
