@@ -218,6 +218,7 @@ def test_compiles_without_graph_breaks(device):
     ({"x": torch.zeros(2, 8, dtype=torch.int64)}, "fp32, fp16"),
     ({"scale": torch.zeros(3)}, "scale must be"),
     ({"norm": Norm(torch.zeros(2, 4))}, "norm.stats must be"),
+    ({"residual": torch.zeros(2, 8)}, "residual must be"),
 ], ids=str)  # fmt: skip
 def test_bad_input_is_refused(change, complaint):
     good = {"x": torch.zeros(2, 8), "w1": torch.zeros(16, 8), "w2": torch.zeros(8, 16)}

@@ -9,6 +9,21 @@ from uniformer_kernels import report
 
 __all__ = ["DoctorConfig", "doctor"]
 
+WORDS = {
+    "native": "C++", "triton": "Triton", "cuda": "CUDA C++", "sdpa": "PyTorch's fused attention",
+    "chunked": "PyTorch's matrix products, some rows at a time", "reference": "plain PyTorch",
+}  # fmt: skip
+# Where it depends on the tensor, too.
+NOTES = {
+    ("attention", "native"): "in bf16; PyTorch's fused attention in other dtypes",
+    ("attention", "sdpa"): "or Triton where benchmarks/tune_attention.py found it faster",
+    ("dwconv3d", "native"): "for weight gradients, fp16, 5x5x5 in fp32 and small clips; for other "
+    "forwards PyTorch's channels-last convolution, near the peak",
+    ("ffn", "triton"): "up to 128 channels and in 16 bits; else PyTorch's matrix products",
+    ("patch_embed", "reference"): "whose convolution is as fast on a CPU",
+    ("pointwise", "triton"): "in 16 bits; a LayerNorm, and fp32, are left to PyTorch",
+}
+
 
 @dataclass
 class DoctorConfig:
@@ -24,7 +39,8 @@ def doctor(cfg: DoctorConfig) -> None:
     )
     print(f"{'operator':<12}{'device':<8}served by")
     for op, device, served_by, others in report():
-        print(f"{op:<12}{device:<8}{served_by}")
+        note = NOTES.get((op, served_by), "")
+        print(f"{op:<12}{device:<8}{served_by}: {WORDS.get(served_by, '')} {note}".rstrip(": "))
         for name, why in others.items():
             if name != served_by:
                 print(f"{'':<20}not {name}: {why or 'it runs when asked for'}")

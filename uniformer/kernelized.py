@@ -39,8 +39,8 @@ class KernelizeReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.blocks)} UniFormer blocks and {len(self.convolutions)} depthwise "
-            f"convolutions run on the kernels"
+            f"replaced {len(self.blocks)} UniFormer blocks and {len(self.convolutions)} "
+            f"depthwise convolutions"
         ]
         lines += [f"  left {name}: {why}" for name, why in self.left.items()]
         return "\n".join(lines)

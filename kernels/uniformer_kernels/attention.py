@@ -291,7 +291,8 @@ def attention_qkv(
     """Attend from every query to every key; `attention` for q, k and v that lie apart.
 
     Args:
-        q: (B, N, h, d), floating point; any strides, channels side by side are read as they are.
+        q: (B, N, h, d), not SDPA's order of axes, floating point; any strides, channels side by
+            side are read as they are.
         k: (B, M, h, d), likewise, of q's dtype.
         v: (B, M, h, d), likewise.
         scale: factor on the scores, d**-0.5 unless given.

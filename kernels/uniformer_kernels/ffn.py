@@ -279,7 +279,7 @@ def ffn(
         norm: BatchNorm of x; in training mode `Norm.stats` are x's. Or LayerNorm, as for
             `pointwise`.
         scale: (B,), factor on the result for each clip; it gets no gradient.
-        residual: whether to add `x`.
+        residual: whether to add `x`; no tensor, unlike `pointwise`'s.
 
     Returns:
         (B, ..., C), in autocast's dtype or x's; with `residual` always in x's.
@@ -288,6 +288,8 @@ def ffn(
         ValueError: a shape or dtype is not as above.
     """
     _check(x, w1, b1, w2, b2, norm, scale)
+    if not isinstance(residual, bool):
+        raise ValueError(f"residual must be True or False, to add x, got {type(residual).__name__}")
     dtype, plain = prepare("ffn", x, norm)
     wide = x.is_cuda and x.shape[-1] > WIDEST and _runtime.current_backend() != "triton"
     if plain or wide:

@@ -269,17 +269,22 @@ def _check(
             f"x must be (B, T, H, W, C) and weight (N, C, kt, kh, kw), got {tuple(x.shape)} and "
             f"{tuple(weight.shape)}"
         )
-    if len(stride) != 3 or min(stride) < 1 or len(padding) != 3 or min(padding) < 0:
-        raise ValueError(
-            f"stride and padding must be three sizes each, strides from 1 on, got {tuple(stride)} "
-            f"and {tuple(padding)}"
-        )
+    for name, sizes, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if not isinstance(sizes, Sequence) or len(sizes) != 3 or min(sizes) < least:
+            raise ValueError(f"{name} must be three sizes from {least} on, got {sizes}")
     padded = [size + 2 * p for size, p in zip(x.shape[1:4], padding, strict=True)]
     if any(size < k for size, k in zip(padded, weight.shape[2:], strict=True)):
         raise ValueError(
             f"x with its padding, {tuple(padded)}, is smaller than the kernel, "
             f"{tuple(weight.shape[2:])}"
         )
+    if pixels is not None and not isinstance(pixels, Pixels):
+        raise ValueError(
+            f"pixels must be a uniformer_kernels.Pixels, of mean and std, got a "
+            f"{type(pixels).__name__}"
+        )
+    if pixels is None and x.dtype == torch.uint8:
+        raise ValueError("x is uint8: say how to normalise it, as in pixels=Pixels(mean, std)")
     if pixels is None:
         _runtime.check_dtypes(x, weight=weight, bias=bias, gamma=gamma, beta=beta)
     elif x.dtype != torch.uint8 or x.shape[-1] != 3:
