@@ -33,7 +33,12 @@ check: setup
 test: check
 	$(BIN)/pytest
 
-bench: setup
+# Without them their rows say that they are missing.
+$(VENV)/.rivals: $(VENV)/.ready
+	@echo "Installing rivals into $(VENV), once: ONNX Runtime and OpenVINO (about 300 MB)"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[rivals]' && touch $@ || echo "They cannot be installed here: the benchmarks go on without them"
+
+bench: setup $(if $(BASE),,$(VENV)/.rivals)
 	$(BIN)/python -m benchmarks.run $(if $(BASE),--base $(BASE),--compiled) $(BENCH)
 
 # With the Python that has the CUDA build of torch: this one's, or PYTHON=...

@@ -2,8 +2,9 @@
 
 A training step is forward, cross entropy, backward and AdamW, without stochastic depth. Rivals are
 the network in plain PyTorch, `plain.py`: as the official code has it (NCTHW, naive attention), and
-in channels_last_3d with SDPA; on request also through torch.compile. Where the dtype has 16 bits
-all run under autocast, with fp32 parameters. Each is checked against plain PyTorch in fp32.
+in channels_last_3d with SDPA; on request also through torch.compile. On a CPU one clip is inferred
+by ONNX Runtime and OpenVINO too, `runtimes.py`. Where the dtype has 16 bits all of PyTorch runs
+under autocast, with fp32 parameters. Each is checked against plain PyTorch in fp32.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import DTYPES, OURS, said, statistics, take_turns
 from benchmarks.plain import PlainUniFormer
+from benchmarks.runtimes import Elsewhere, runtimes
 from benchmarks.shapes import PASSES
 from uniformer import layers, local_block
 from uniformer.configs import PRESETS
@@ -57,8 +59,16 @@ class Run:
     dtype: str
     mode: str
 
+    @property
+    def clips(self) -> tuple[int, ...]:
+        """The shape of the clips of a step."""
+        return self.batch, 3, self.frames, self.size, self.size
+
     def __str__(self) -> str:
         return f"{self.model} {self.frames}x{self.size} B={self.batch} {self.dtype} {self.mode}"
+
+
+FIRST_ON_CPU = Run("uniformer_small", 16, 224, 1, "fp32", "inference")
 
 
 def runs(device: str, tiny: bool = False, full: bool = False) -> Iterator[Run]:
@@ -83,7 +93,7 @@ def _usual_runs(device: str, tiny: bool) -> Iterator[Run]:
 
 
 def _runs_on_cpu() -> Iterator[Run]:
-    first = Run("uniformer_small", 16, 224, 1, "fp32", "inference")
+    first = FIRST_ON_CPU
     for dtype in ("fp32", "bf16"):
         yield replace(first, dtype=dtype)
         yield replace(first, dtype=dtype, mode="training")
@@ -91,6 +101,7 @@ def _runs_on_cpu() -> Iterator[Run]:
         yield replace(first, frames=frames)
     yield replace(first, size=128)
     yield replace(first, batch=4)
+    yield replace(first, frames=1, size=32)  # the smallest there is: what the host alone takes
     for batch in (1, 2, 4):
         yield replace(first, frames=8, size=128, batch=batch, mode="training")
 
@@ -152,6 +163,8 @@ def providers(run: Run, device: str, compiled: bool) -> dict[str, Callable[[], n
             if name == OURS and device == "cpu":
                 continue  # a minute each; the rivals' are what users have
             found[f"torch.compile of {name}"] = partial(_compiled, make)
+    if device == "cpu" and replace(run, dtype="fp32") == FIRST_ON_CPU:
+        found |= runtimes(plain, run.clips, run.dtype)
     return found
 
 
@@ -194,14 +207,14 @@ class _Ready:
     def __init__(self, name: str, model: nn.Module, run: Run, device: str) -> None:
         self.model, self.device, self.dtype = model, device, DTYPES[run.dtype]
         generator = torch.Generator().manual_seed(1)
-        shape = (run.batch, 3, run.frames, run.size, run.size)
-        self.clips = torch.randn(shape, generator=generator).to(device)
+        self.clips = torch.randn(run.clips, generator=generator).to(device)
         if "PyTorch channels_last_3d" in name:
             self.clips = self.clips.contiguous(memory_format=torch.channels_last_3d)
         self.labels = torch.arange(run.batch, device=device) % CLASSES
         self.step = self._train if run.mode == "training" else self._infer
-        # The learning rate is tiny, so that no provider's network drifts from the others'.
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-12)
+        if run.mode == "training":
+            # The learning rate is tiny, so that no provider's network drifts from the others'.
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-12)
 
     def logits(self) -> Tensor:
         if self.dtype == torch.float32:
@@ -309,11 +322,11 @@ def _results(ready: _Ready, run: Run, dtype: torch.dtype) -> dict[str, Tensor]:
     """The feature map, and in training the gradient of the first weight from a random one of it.
 
     Not the logits: the mean of one clip, normalised over that clip, is 0. But they are all that
-    there is of a compiled network, whose parts are not compiled.
+    there is of a compiled network, whose parts are not compiled, and of one in another runtime.
     """
     model: Any = ready.model
     autocast = torch.autocast(ready.device, dtype, enabled=dtype != torch.float32)
-    if hasattr(model, "_orig_mod"):
+    if hasattr(model, "_orig_mod") or isinstance(model, Elsewhere):
         with torch.no_grad(), autocast:
             return {"the result": model(ready.clips).float()}
     training = run.mode == "training"

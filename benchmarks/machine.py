@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    "DTYPES", "OURS", "RESULTS", "ROOT", "ceilings", "environment", "git", "read", "rounded",
-    "said", "save", "slug", "statistics", "take_turns",
+    "DTYPES", "OURS", "RESULTS", "ROOT", "RUNTIMES", "ceilings", "environment", "git", "read",
+    "rounded", "said", "save", "slug", "statistics", "take_turns",
 ]  # fmt: skip
 
 OURS = "uniformer"
+RUNTIMES = ("onnxruntime", "openvino")  # packages; rivals on a CPU
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 WRITTEN = ("benchmarks/results", "kernels/uniformer_kernels/tuned.json")  # by benchmarks, tracked
@@ -179,6 +180,8 @@ def environment(device: str) -> dict[str, Any]:
         "dirty": bool(git("status", "--porcelain", "--", ".", *(f":!{f}" for f in WRITTEN))),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+    if device == "cpu":
+        found |= {package: _version(package) for package in RUNTIMES}
     if device == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
         query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"

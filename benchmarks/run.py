@@ -36,7 +36,7 @@ from benchmarks import (
 from benchmarks.compare import Case as Measured
 from benchmarks.compare import group
 from benchmarks.harness import Case, is_chosen
-from benchmarks.machine import OURS, RESULTS, ROOT
+from benchmarks.machine import OURS, RESULTS, ROOT, RUNTIMES
 from benchmarks.report import report_on
 from uniformer.configs import PRESETS
 
@@ -73,7 +73,9 @@ TIERS = {
 }
 TINY = Tier(ALL, (2,), ("fp32",))
 FULL = Tier(ALL, (1, 8, 32), ("bf16", "fp16", "fp32"))
-SAME = ("processor", "gpu", "torch", "triton", "commit", "dirty", "threads")  # to be resumed
+SAME = (  # to be resumed
+    "processor", "gpu", "torch", "triton", *RUNTIMES, "commit", "dirty", "threads",
+)  # fmt: skip
 OUT_OF_TIME = 3  # exit status
 
 

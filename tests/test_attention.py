@@ -227,9 +227,17 @@ def test_what_triton_does_not_serve_is_announced(device, caplog):
 
 # --- C++ on a CPU ---------------------------------------------------------------------
 
-NATIVE = pytest.mark.skipif(
-    attention_native.why_not(torch.zeros(1, 1, 1, 48, dtype=torch.bfloat16)) is not None,
-    reason="this processor has no AVX512_BF16, or there is no compiler",
+SERVED = {
+    dtype: attention_native.why_not(torch.zeros(1, 1, 1, 48, dtype=dtype)) is None
+    for dtype in (torch.bfloat16, torch.float32)
+}
+NATIVE = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(dtype, marks=pytest.mark.skipif(not served, reason="not served here"))
+        for dtype, served in SERVED.items()
+    ],
+    ids=str,
 )
 
 
@@ -251,47 +259,45 @@ NATIVE = pytest.mark.skipif(
         (13, 17, 5, 16),
     ],
 )
-def test_bf16_on_a_cpu(B, N, h, d):
-    qkv = torch.randn(B, N, 3 * h * d).bfloat16()
-    assert_matches(lambda x: attention(x, h), lambda x: attention_ref(x, h), [qkv])
+def test_native_matches_the_formula(dtype, B, N, h, d):
+    qkv = torch.randn(B, N, 3 * h * d).to(dtype)
+    matches(lambda x: attention(x, h), lambda x: attention_ref(x, h), [qkv])
 
 
 @NATIVE
 @pytest.mark.parametrize("N", [392, 784, 1568])
-def test_bf16_at_the_networks_sizes_is_as_exact_as_pytorchs_fused_attention(N):
+def test_as_exact_as_pytorchs_fused_attention_at_the_networks_sizes(dtype, N):
     def fused(qkv):
         q, k, v = qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    def results(fn, dtype):
-        y, dqkv = run(fn, [qkv.to(dtype)], dout.to(dtype))
+    def results(fn, computed_in):
+        y, dqkv = run(fn, [qkv.to(computed_in)], dout.to(computed_in))
         return y, *dqkv.chunk(3, dim=-1)  # y, dq, dk, dv
 
-    qkv, dout = torch.randn(1, N, 3 * 128).bfloat16(), torch.randn(1, N, 128).bfloat16()
-    ours = results(lambda x: attention(x, 2), torch.bfloat16)
+    qkv, dout = torch.randn(1, N, 3 * 128).to(dtype), torch.randn(1, N, 128).to(dtype)
+    ours = results(lambda x: attention(x, 2), dtype)
     true = results(lambda x: attention_ref(x, 2), torch.float64)
-    for got, want, theirs in zip(ours, true, results(fused, torch.bfloat16), strict=True):
+    for got, want, theirs in zip(ours, true, results(fused, dtype), strict=True):
         assert (got - want).abs().max() <= 1.5 * (theirs - want).abs().max()
 
 
 @NATIVE
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
-def test_any_scale(scale):
-    qkv = torch.randn(2, 83, 3 * 64).bfloat16()
-    assert_matches(
-        lambda x: attention(x, 2, scale=scale), lambda x: attention_ref(x, 2, scale), [qkv]
-    )
+def test_any_scale(scale, dtype):
+    qkv = torch.randn(2, 83, 3 * 64).to(dtype)
+    matches(lambda x: attention(x, 2, scale=scale), lambda x: attention_ref(x, 2, scale), [qkv])
 
 
 @NATIVE
 @pytest.mark.parametrize("value", [1e4, -1e4, float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
-def test_extreme_values(part, value):
+def test_extreme_values(part, value, dtype):
     """Large scores stay finite; what is not a number shows, and only where it belongs."""
-    qkv = torch.randn(2, 70, 3, 2, 32).bfloat16()
+    qkv = torch.randn(2, 70, 3, 2, 32).to(dtype)
     qkv[:, :, 0] = qkv[:, :, 0].abs()  # keys of -inf have scores of -inf: no weight, and no NaN
     qkv[0, 3, part, 1] = value
-    qkv, dout = qkv.flatten(2), torch.randn(2, 70, 64).bfloat16()
+    qkv, dout = qkv.flatten(2), torch.randn(2, 70, 64).to(dtype)
     got = run(lambda x: attention(x, 2), [qkv], dout)
     want = run(lambda x: attention_ref(x, 2), [qkv.double()], dout.double())
     for g, w in zip(got, want, strict=True):
@@ -301,33 +307,33 @@ def test_extreme_values(part, value):
 
 
 @NATIVE
-def test_scores_far_below_0():
+def test_scores_far_below_0(dtype):
     """A key that is not there, with a score of 0, would have a weight of e^1000."""
-    qkv = torch.randn(1, 70, 3 * 32).bfloat16()
+    qkv = torch.randn(1, 70, 3 * 32).to(dtype)
     qkv[..., :32] += 20
     qkv[..., 32:64] -= 20
-    assert_matches(lambda x: attention(x, 1), lambda x: attention_ref(x, 1), [qkv])
+    matches(lambda x: attention(x, 1), lambda x: attention_ref(x, 1), [qkv])
 
 
 @NATIVE
-def test_a_score_beyond_all_others_keeps_its_gradient():
+def test_a_score_beyond_all_others_keeps_its_gradient(dtype):
     """Rounded otherwise than in forward, it would differ from its own logarithm of the sum."""
-    qkv = torch.randn(1, 70, 3 * 32).bfloat16()
+    qkv = torch.randn(1, 70, 3 * 32).to(dtype)
     qkv[0, :, :32] *= 1e30
-    dout = torch.randn(1, 70, 32).bfloat16()
+    dout = torch.randn(1, 70, 32).to(dtype)
     _, got = run(lambda x: attention(x, 1, 0.3), [qkv], dout)
     _, want = run(lambda x: attention_ref(x, 1, 0.3), [qkv.double()], dout.double())
     torch.testing.assert_close(got[..., 64:].double(), want[..., 64:], rtol=0.02, atol=0.02)
 
 
 @NATIVE
-def test_gradients_are_the_same_every_time():
+def test_gradients_are_the_same_every_time(dtype):
     """On any number of threads, and with nothing left of the call before."""
     sizes = [(1, 300, 2, 64), (3, 65, 7, 32)]
-    inputs = [(torch.randn(B, N, 3 * h * d).bfloat16(), h) for B, N, h, d in sizes]
-    douts = [torch.randn(B, N, h * d).bfloat16() for B, N, h, d in sizes]
+    inputs = [(torch.randn(B, N, 3 * h * d).to(dtype), h) for B, N, h, d in sizes]
+    douts = [torch.randn(B, N, h * d).to(dtype) for B, N, h, d in sizes]
     first = [_gradient(x, h, dout) for (x, h), dout in zip(inputs, douts, strict=True)]
-    _gradient(torch.full((2, 400, 3 * 320), float("nan")).bfloat16(), 5)
+    _gradient(torch.full((2, 400, 3 * 320), float("nan")).to(dtype), 5)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3 - min(threads, 2))
@@ -343,16 +349,16 @@ def _gradient(qkv, h, dout=None):
 
 
 @NATIVE
-def test_strides_of_what_backward_reads_do_not_matter():
-    wide = torch.randn(3, 20, 3 * 2 * 64).bfloat16()
+def test_strides_of_what_backward_reads_do_not_matter(dtype):
+    wide = torch.randn(3, 20, 3 * 2 * 64).to(dtype)
     for qkv in (wide[:, 1::2, 192:], wide.transpose(0, 1)[..., :192], wide[..., ::2]):
         B, N, _ = qkv.shape
         for dout in (
-            torch.randn(N, B, 100).bfloat16().transpose(0, 1)[..., 36:],
-            torch.randn(B, N, 128).bfloat16()[..., ::2],
-            torch.randn(B, 1, 64).bfloat16().expand(B, N, 64),
-            torch.randn(64).bfloat16().expand(B, N, 64),
-            torch.ones(()).bfloat16().expand(B, N, 64),
+            torch.randn(N, B, 100).to(dtype).transpose(0, 1)[..., 36:],
+            torch.randn(B, N, 128).to(dtype)[..., ::2],
+            torch.randn(B, 1, 64).to(dtype).expand(B, N, 64),
+            torch.randn(64).to(dtype).expand(B, N, 64),
+            torch.ones(()).to(dtype).expand(B, N, 64),
         ):
             assert not dout.is_contiguous()
             got = _gradient(qkv, 2, dout)
@@ -360,11 +366,11 @@ def test_strides_of_what_backward_reads_do_not_matter():
 
 
 @NATIVE
-def test_no_memory_is_an_error(monkeypatch):
+def test_no_memory_is_an_error(monkeypatch, dtype):
     class Full:
         uniformer_attention_bwd = uniformer_attention_fwd = staticmethod(lambda *_: 1)
 
-    qkv, dout, lse = torch.zeros(1, 2, 48).bfloat16(), torch.zeros(1, 2, 16), torch.zeros(1, 2, 1)
+    qkv, dout, lse = torch.zeros(1, 2, 48).to(dtype), torch.zeros(1, 2, 16), torch.zeros(1, 2, 1)
     monkeypatch.setattr(attention_native, "library", lambda name: Full)
     with pytest.raises(MemoryError, match="keys and values"):
         attention_native.fwd(qkv, 1, 0.2)
@@ -373,8 +379,8 @@ def test_no_memory_is_an_error(monkeypatch):
 
 
 @NATIVE
-def test_slices_and_expanded_gradients():
-    qkv = torch.randn(2, 12, 2 * 3 * 64).bfloat16()
+def test_slices_and_expanded_gradients(dtype):
+    qkv = torch.randn(2, 12, 2 * 3 * 64).to(dtype)
     for view in (qkv[:, ::2, :192], qkv[:, 3:, 192:], qkv.transpose(0, 1)[..., :192]):
         leaf, other = (view.detach().requires_grad_() for _ in range(2))
         attention(leaf, 2).sum().backward()
@@ -384,8 +390,8 @@ def test_slices_and_expanded_gradients():
 
 @NATIVE
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of vmap
-def test_opcheck_and_compile():
-    qkv = torch.randn(2, 9, 3 * 64).bfloat16().requires_grad_()
+def test_opcheck_and_compile(dtype):
+    qkv = torch.randn(2, 9, 3 * 64).to(dtype).requires_grad_()
     torch.library.opcheck(_fwd.op, (qkv, 2, 0.2))
     out, lse = _fwd(qkv.detach(), 2, 0.2)
     torch.library.opcheck(_bwd.op, (torch.randn_like(out), qkv.detach(), out, lse, 2, 0.2))

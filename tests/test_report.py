@@ -120,6 +120,16 @@ def test_models_have_a_row_for_each_provider(tmp_path, models):
     assert "41.8 GMACs a clip" in section
 
 
+def test_a_runtime_that_is_missing_stays_in_the_table(tmp_path, models):
+    row = model("OpenVINO", 1.0, failed="openvino is not installed")
+    for measured in (*timed(1.0), "clips_per_s"):
+        del row[measured]
+    models["rows"].append(row)
+    text = written(tmp_path, None, models)
+    assert row_of(text, "OpenVINO")[2:5] == ["OpenVINO", "-", "failed"]
+    assert "- OpenVINO failed: `openvino is not installed` in uniformer_small 16 x 224" in text
+
+
 def test_changes_are_listed_beyond_the_noise(tmp_path, ops):
     old = json.loads(json.dumps(ops))
     old["environment"]["torch"] = "2.12.0"

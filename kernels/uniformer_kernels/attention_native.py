@@ -1,4 +1,4 @@
-"""The C++ attention of `csrc/attention_cpu*.cpp`: bf16 on a CPU, from a packed qkv."""
+"""The C++ attention of `csrc/attention_cpu*.cpp`: bf16 and fp32 on a CPU, from a packed qkv."""
 
 import ctypes
 
@@ -11,26 +11,28 @@ from uniformer_kernels._runtime import int64s, library, pointer
 __all__ = ["bwd", "fwd", "why_not"]
 
 CHANNELS = (16, 32, 48, 64)  # of a head that the kernel serves
+NEEDS = {torch.bfloat16: "AVX512_BF16", torch.float32: "AVX512F"}  # of the processor
 
 
 def why_not(q: Tensor) -> str | None:
     """Why the kernel does not serve a packed q (B, N, h, d), or None."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.numel() == 0:
-        return "it serves bf16 on a CPU"
+    if q.device.type != "cpu" or q.dtype not in NEEDS or q.numel() == 0:
+        return "it serves bf16 and fp32 on a CPU"
     if q.shape[-1] not in CHANNELS:
         return f"heads are not of {CHANNELS} channels"
-    return _why_not_here()
+    return _why_not_here(q.dtype)
 
 
 @torch.compiler.assume_constant_result
-def _why_not_here() -> str | None:
-    if not library("native").uniformer_attention_fwd_serves(ctypes.c_int64(CHANNELS[0])):
-        return "the processor has no AVX512_BF16"
+def _why_not_here(dtype: torch.dtype) -> str | None:
+    serves = library("native").uniformer_attention_fwd_serves
+    if not serves(ctypes.c_int64(CHANNELS[0]), ctypes.c_int32(dtype.itemsize)):
+        return f"the processor has no {NEEDS[dtype]}"
     return None
 
 
 def fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """qkv (B, N, 3*h*d) bf16 -> o (B, N, h*d), and logarithms of the softmax's sums (B, N, h)."""
+    """qkv (B, N, 3*h*d) -> o (B, N, h*d), and logarithms of the softmax's sums (B, N, h)."""
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     B, N, width = qkv.shape
     out = qkv.new_empty(B, N, width // 3)
@@ -38,7 +40,7 @@ def fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     code = library("native").uniformer_attention_fwd(
         pointer(qkv), ctypes.c_int64(qkv.stride(0)), ctypes.c_int64(qkv.stride(1)), pointer(out),
         pointer(lse), int64s((B, N, num_heads, width // 3 // num_heads)), ctypes.c_float(scale),
-        _runtime.parallel_for(),
+        ctypes.c_int32(qkv.itemsize), _runtime.parallel_for(),
     )  # fmt: skip
     if code:
         raise MemoryError(f"no memory to pack keys and values of {tuple(qkv.shape)}")
@@ -57,7 +59,7 @@ def bwd(
         pointer(qkv), int64s(qkv.stride()), pointer(dout), int64s(dout.stride()), pointer(out),
         int64s(out.stride()), pointer(lse), pointer(dqkv),
         int64s((B, N, num_heads, width // 3 // num_heads)), ctypes.c_float(scale),
-        _runtime.parallel_for(),
+        ctypes.c_int32(qkv.itemsize), _runtime.parallel_for(),
     )  # fmt: skip
     if code:
         raise MemoryError(f"no memory for the gradient of {tuple(qkv.shape)}")
