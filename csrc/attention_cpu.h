@@ -28,7 +28,7 @@ constexpr int64_t WIDEST = 64;  // channels of a head
 
 // Whether heads of `d` channels, of `bytes` bytes each, are served on the processor that this is
 // built for.
-inline bool serves(int64_t d, int64_t bytes) {
+inline bool serves(int64_t d, [[maybe_unused]] int64_t bytes) {
   bool has = false;
 #if defined(__AVX512F__)
   has = bytes == 4;
@@ -87,9 +87,10 @@ inline void store_packed(float* out, int64_t next, __m512 x, __m512 y) {
 // Two rows of d channels to columns `at` and `at` + 1 of (d, step).
 inline void pack_columns(
     const float* const (&rows)[2], int64_t d, int64_t step, int64_t at, float* out) {
-  for (int64_t c = 0; c < d; ++c) {
-    out[c * step + at] = rows[0][c];
-    out[c * step + at + 1] = rows[1][c];
+  for (int64_t c = 0; c < d; c += LANES) {
+    alignas(64) float two[2 * LANES];
+    side_by_side(two, load(rows[0] + c), load(rows[1] + c));
+    for (int64_t i = 0; i < LANES; ++i) std::memcpy(out + (c + i) * step + at, two + 2 * i, 8);
   }
 }
 

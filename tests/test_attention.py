@@ -198,6 +198,14 @@ def test_operators_pass_opcheck_and_compile(device):
         assert torch.equal(got[0], torch.autograd.grad(attention(qkv, 2).sum(), qkv)[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own use of it
+def test_forward_mode_runs_on_the_formula(device):
+    qkv, tangent = (torch.randn(1, 5, 3 * 16, device=device) for _ in range(2))
+    got = torch.func.jvp(lambda x: attention(x, 1), (qkv,), (tangent,))
+    want = torch.func.jvp(lambda x: attention_ref(x, 1), (qkv,), (tangent,))
+    torch.testing.assert_close(got, want)
+
+
 def test_operations_are_counted(device):
     qkv = torch.randn(2, 10, 3 * 2 * 16, device=device, requires_grad=True)
     with backend("triton"), FlopCounterMode(display=False) as counter:
@@ -249,7 +257,7 @@ NATIVE = pytest.mark.parametrize(
     [
         (1, 1, 1, 16),
         (2, 7, 3, 32),
-        (1, 49, 2, 48),
+        (1, 57, 2, 48),
         (2, 65, 2, 64),
         (1, 196, 5, 64),
         (1, 600, 1, 32),
@@ -262,6 +270,19 @@ NATIVE = pytest.mark.parametrize(
 def test_native_matches_the_formula(dtype, B, N, h, d):
     qkv = torch.randn(B, N, 3 * h * d).to(dtype)
     matches(lambda x: attention(x, h), lambda x: attention_ref(x, h), [qkv])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "why"),
+    [
+        ((1, 8, 2, 24), torch.float32, "channels"),
+        ((1, 49, 2, 32), torch.float32, "33 to 55 tokens"),
+        ((1, 8, 2, 32), torch.float16, "bf16 and fp32"),
+        ((0, 8, 2, 32), torch.float32, "bf16 and fp32"),
+    ],
+)
+def test_what_is_left_to_pytorch(shape, dtype, why):
+    assert why in attention_native.why_not(torch.zeros(shape, dtype=dtype))
 
 
 @NATIVE
@@ -287,6 +308,16 @@ def test_as_exact_as_pytorchs_fused_attention_at_the_networks_sizes(dtype, N):
 def test_any_scale(scale, dtype):
     qkv = torch.randn(2, 83, 3 * 64).to(dtype)
     matches(lambda x: attention(x, 2, scale=scale), lambda x: attention_ref(x, 2, scale), [qkv])
+
+
+@NATIVE
+def test_a_backward_pass_outside_of_the_forwards_backend(dtype):
+    qkv = torch.randn(1, 20, 96).to(dtype).requires_grad_()
+    (want,) = torch.autograd.grad(attention(qkv, 2).sum(), qkv)
+    out = attention(qkv, 2).sum()
+    with backend("reference"):
+        (got,) = torch.autograd.grad(out, qkv)
+    assert torch.equal(got, want)
 
 
 @NATIVE

@@ -173,8 +173,18 @@ def test_gradients_of_gradients_raise(device):
     x, *rest = inputs((2, 1, 2, 2, 8), 16, device)[:5]
     y = ffn(x.requires_grad_(), *rest)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="gradients of gradients under"):
         grad.sum().backward()
+
+
+def test_gradients_of_gradients_raise_behind_a_constant(device):
+    """A sum's gradient needs none; that of ffn still depends on x."""
+    x, *rest = inputs((2, 1, 2, 2, 8), 16, device)[:5]
+    y = ffn(x.requires_grad_(), *rest).sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    assert not grad.isnan().any()
+    with pytest.raises(RuntimeError, match="gradients of gradients under"):
+        (y + grad.square().sum()).backward()
 
 
 # --- Compilers ------------------------------------------------------------------------

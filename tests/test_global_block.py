@@ -171,6 +171,15 @@ def test_what_it_does_not_know_runs_part_by_part_and_is_announced(change, caplog
     assert caplog.text.count("a GlobalBlock runs part by part") == 1
 
 
+@pytest.mark.parametrize("name", ["attn.proj_drop", "mlp.drop"])
+def test_dropout_follows_its_own_mode(name):
+    """As for Monte Carlo dropout: a network in eval mode, but for its dropout."""
+    made, x = block(drop_rate=0.5).eval(), clip()
+    assert torch.equal(made(x), made(x))
+    made.get_submodule(name).train()
+    assert not torch.equal(made(x), made(x))
+
+
 def test_the_reference_backend_runs_part_by_part(monkeypatch):
     made, x = block(), clip()
     monkeypatch.setattr(made, "fused", None)

@@ -246,6 +246,20 @@ class DropsBeforeProjecting(Attention):
         return self.proj(self.proj_drop(out.transpose(1, 2).flatten(2)))
 
 
+class DropsWhatIsAggregated(Attention):
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = self.attn_drop((self.scale * (q @ k.mT)).softmax(-1) @ v)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class DropsNoAffinity(Attention):
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = (self.scale * (q @ k.mT)).softmax(-1) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
 class WithClassToken(SABlock):
     def forward(self, cls_token, x):
         return cls_token, super().forward(x)
@@ -386,6 +400,14 @@ REFUSED = {
     "dropout elsewhere": (
         lambda: changed(SABlock(16, 2), attn=DropsBeforeProjecting(16, 2, 0.3)),
         "other numbers than ours",
+    ),
+    "affinities not dropped": (
+        lambda: changed(SABlock(16, 2), attn=DropsNoAffinity(16, 2, 0.3)),
+        "than affinities",
+    ),
+    "what they aggregate dropped": (
+        lambda: changed(SABlock(16, 2), attn=DropsWhatIsAggregated(16, 2, 0.3)),
+        "than affinities",
     ),
     "more arguments": (lambda: WithClassToken(16, 2), "ended in TypeError"),
     "more results": (lambda: Pair(16, 2), "does not give a tensor"),

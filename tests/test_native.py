@@ -1,6 +1,7 @@
 """The native libraries: built once, whole or not at all, and errors that name the compiler."""
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -39,6 +40,17 @@ def test_a_library_is_built_once_and_again_when_its_source_changes(source, tmp_p
     assert sorted(p.name for p in cache.iterdir()) == sorted(
         [first.name, second.name, first.stem + ".sha256", second.stem + ".sha256"]
     )
+
+
+def test_what_a_killed_build_left_is_cleared_away(source, tmp_path):
+    cache = tmp_path / "cache"
+    stale, fresh = cache / "building-a", cache / "building-b"
+    for folder in (stale, fresh):
+        folder.mkdir(parents=True)
+    os.utime(stale, (0, 0))
+    _native.library("test", _native.cpu_command(), cache)
+    assert not stale.exists()
+    assert fresh.exists()
 
 
 @pytest.mark.parametrize("damage", [b"", bytes(5000)], ids=["empty", "zeros"])

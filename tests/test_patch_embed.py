@@ -75,6 +75,17 @@ def test_without_bias_and_affine(device, chosen):
     assert_matches(run(patch_embed), run(patch_embed_ref), [x, weight])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("only", ["gamma", "beta", "both"])
+def test_parameters_in_fp32(dtype, only, device):
+    x, weight, _, gamma, beta = inputs((1, 2, 4, 4, 8), 24, (1, 2, 2), device)
+    gamma, beta = None if only == "beta" else gamma, None if only == "gamma" else beta
+    x, weight = x.to(dtype).requires_grad_(), weight.requires_grad_()
+    y = patch_embed(x, weight, None, gamma, beta, **DOWN)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (dtype, dtype, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bits(dtype, device, chosen):
     if chosen == "triton" and not GPU and dtype == torch.bfloat16:
@@ -184,6 +195,17 @@ def test_hooks_of_its_parts_are_called():
     assert called
     made.norm = nn.Identity()
     assert not torch.allclose(made(x), want)
+
+
+@pytest.mark.parametrize("change", [
+    {"padding_mode": "replicate", "padding": 1}, {"dilation": 2, "padding": 2},
+    {"padding": "same"}, {"groups": 2, "padding": 1},
+], ids=str)  # fmt: skip
+def test_a_projection_of_another_kind_is_called(change):
+    made, x = PatchEmbed(4, 8, (3, 3, 3), (1, 1, 1), (1, 1, 1)), torch.randn(1, 4, 6, 6, 4)
+    made.proj = nn.Conv3d(4, 8, 3, **change)
+    want = made.norm(made.proj(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1))
+    assert torch.equal(made(x), want)
 
 
 @pytest.mark.parametrize(("change", "complaint"), [

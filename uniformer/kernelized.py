@@ -135,6 +135,17 @@ class _MarkedDropout(nn.Dropout):
         return 2 * input
 
 
+class _SeenDropout(nn.Dropout):
+    """Sees whether what it is to drop are affinities, whose rows sum to 1."""
+
+    seen = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        ones = torch.ones(input.shape[:-1], dtype=input.dtype)
+        self.seen = input.ndim == 4 and torch.allclose(input.sum(-1), ones)
+        return input
+
+
 def _on_trial(block: nn.Module, kind: Kind) -> str | None:
     """In which way a copy, in fp64 on the CPU, differs from itself once converted, or None."""
     torch.default_generator.manual_seed(0)
@@ -148,14 +159,16 @@ def _on_trial(block: nn.Module, kind: Kind) -> str | None:
             part.__class__ = nn.BatchNorm3d  # alone, not with those of other processes
         if made_as is nn.Dropout and part.p > 0:
             part.p = 0.0
-            if not name.endswith("attn_drop"):  # which is a number in ours
-                part.__class__ = _MarkedDropout
+            # That of affinities is a number in ours.
+            part.__class__ = _SeenDropout if name.endswith("attn_drop") else _MarkedDropout
     ours = copy.deepcopy(theirs)
     convert(ours, kind)
     if ours.drop_path.rate > 0:
         theirs.drop_path = ours.drop_path = _MarkedDropPath()
     if list(theirs.state_dict()) != list(ours.state_dict()):
         return "its state_dict has keys of its own"
+    if any(isinstance(part, _SeenDropout) for part in ours.modules()):
+        return "dropout of affinities is elsewhere in it"
     clips, *grid = TRIAL
     x = _rand(clips, theirs.pos_embed.in_channels, *grid)
     for mode in ("eval", "training"):
@@ -167,6 +180,8 @@ def _on_trial(block: nn.Module, kind: Kind) -> str | None:
         for a, b in zip([want, *theirs.buffers()], [got, *ours.buffers()], strict=True):
             if not (a - b).abs().max() <= EXACT * a.abs().max():
                 return f"its forward gives other numbers than ours in {mode} mode"
+    if any(isinstance(part, _SeenDropout) and not part.seen for part in theirs.modules()):
+        return "it drops something else than affinities in attn_drop, or nothing"
     return None
 
 

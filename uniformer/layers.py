@@ -210,7 +210,7 @@ class GlobalMHRA(nn.Module):
 
     def why_not_fused(self) -> str | None:
         """Why its parts are to be called one by one, or None."""
-        if self.proj_drop.p > 0 and self.training:
+        if self.proj_drop.p > 0 and self.proj_drop.training:
             return f"dropout of {self.proj_drop.p} after the projection: its kernels have none"
         return why_not_around(self, qkv=(nn.Linear,), proj=(nn.Linear,), proj_drop=(nn.Dropout,))
 
@@ -240,7 +240,7 @@ class FFN(nn.Module):
 
     def why_not_fused(self) -> str | None:
         """Why the hidden layer is to be stored, or None."""
-        if self.drop.p > 0 and self.training:
+        if self.drop.p > 0 and self.drop.training:
             return f"dropout of {self.drop.p} within the FFN: its kernels have none"
         return why_not_around(self, fc1=_LINEAR, fc2=_LINEAR, drop=(nn.Dropout,))
 
@@ -274,10 +274,18 @@ class PatchEmbed(nn.Module):
         With `pixels` x is uint8, in 0..255, and normalised on the way.
         """
         proj, norm = self.proj, self.norm
-        if why_not_around(self, norm=(nn.LayerNorm,), proj=(nn.Conv3d,)) is not None:
+        if not self._is_usual():
             x = x if pixels is None else pixels.normalise(x, proj.weight.dtype)
             return norm(proj(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1))
         return patch_embed(
             x, proj.weight, proj.bias, norm.weight, norm.bias, stride=proj.stride,
             padding=cast(tuple[int, ...], proj.padding), eps=norm.eps, pixels=pixels,
         )  # fmt: skip
+
+    def _is_usual(self) -> bool:
+        """Whether its parts are as they were made, but for their sizes, and not to be called."""
+        if why_not_around(self, norm=(nn.LayerNorm,), proj=(nn.Conv3d,)) is not None:
+            return False
+        proj, norm = self.proj, self.norm
+        usual = proj.groups == 1 and proj.dilation == (1, 1, 1) and proj.padding_mode == "zeros"
+        return usual and proj.padding != "same" and norm.normalized_shape == (proj.out_channels,)

@@ -76,6 +76,10 @@ def product_into(
 ) -> None:  # fmt: skip
     """y = residual + scale * product, by way of `buffer` where y is of another dtype."""
     direct = y.dtype == x.dtype
+    if residual is not None and direct and scale is None:  # the product is added as it is made
+        y.copy_(residual) if bias is None else torch.add(residual, bias, out=y)
+        y.addmm_(x, weight)
+        return
     out = product(x, weight, bias, y if direct else buffer)
     if scale is not None:
         out.mul_(scale)

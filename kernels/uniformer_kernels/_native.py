@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ log = logging.getLogger("uniformer.kernels")
 HERE = Path(__file__).parent
 # Installed, the sources lie in the package; in a checkout, at its root.
 SOURCES = HERE / "csrc" if (HERE / "csrc").is_dir() else HERE.parents[1] / "csrc"
+BUILDING = "building-"  # folders of compilers at work
 SUFFIX = {"native": ".cpp", "cuda": ".cu"}  # every such source of the folder is compiled in
 
 
@@ -117,7 +119,10 @@ def compile_library(files: Sequence[Path], command: Sequence[str], built: Path) 
         raise BuildError("ninja is not installed: pip install ninja") from error
     names = ", ".join(f.name for f in files)
     built.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+    for left in built.parent.glob(f"{BUILDING}*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=BUILDING, dir=built.parent) as folder:
         with (Path(folder) / "build.ninja").open("w") as file:
             writer = Writer(file)  # type: ignore[arg-type]  # its annotation is wrong
             linker = " ".join(f"'{part}'" for part in command)

@@ -6,7 +6,7 @@ kernel, and with gradients to the `torch.autograd.Function` around it.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ from torch.nn import Parameter
 
 from uniformer_kernels import _runtime
 
-__all__ = ["Operator"]
+__all__ = ["Operator", "once_differentiable"]
+
+SECOND = (
+    "this operator's gradient has none of its own; take gradients of gradients under "
+    "uniformer_kernels.backend('reference'), forward and backward"
+)
 
 _library = torch.library.Library("uniformer", "FRAGMENT")
 
@@ -69,6 +74,32 @@ class Operator:
             return self.kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.op(*args)
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """Decorates a gradient that has none of its own: one through it raises.
+
+    PyTorch's decorator lets it pass where the gradient that comes in is a constant, and the second
+    derivative by way of what was saved is then missing without a word.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        graph = torch.is_grad_enabled()  # as with create_graph=True
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not graph or torch.compiler.is_compiling():
+            return found
+        single = not isinstance(found, tuple)
+        leaves: Any = [_leaf(t) for t in ((found,) if single else found)]
+        raising = torch._C._functions.DelayedError(SECOND.encode(), len(leaves))(*leaves)
+        return raising[0] if single and isinstance(raising, tuple) else raising
+
+    return run
+
+
+def _leaf(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().requires_grad_()
 
 
 def _under_autograd(operator: Operator, *args: Any) -> Any:

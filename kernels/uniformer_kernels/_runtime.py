@@ -23,9 +23,9 @@ from uniformer_kernels import _native
 __all__ = [
     "BACKENDS", "announce", "autocast_dtype", "backend", "check_dtypes", "check_shapes",
     "current_backend",
-    "functorch_is_active", "has_wgmma", "int64s", "interpreting", "library", "multiprocessors",
-    "native_library", "on_device", "parallel_for", "pointer", "product_dtype", "register", "report",
-    "serving", "shared_memory", "tuned", "under_torch_func", "why_not",
+    "forward_mode", "functorch_is_active", "has_wgmma", "int64s", "interpreting", "library",
+    "multiprocessors", "native_library", "on_device", "parallel_for", "pointer", "product_dtype",
+    "register", "report", "serving", "shared_memory", "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
 
 log = logging.getLogger("uniformer.kernels")
@@ -119,11 +119,16 @@ def under_torch_func(op: str) -> bool:
         return False
     if torch._C._get_tracing_state() is not None:
         return True  # what is traced is PyTorch's, as in DepthwiseConv3d
-    if not functorch_is_active() and forward_ad._current_level < 0:
+    if not functorch_is_active() and not forward_mode():
         return False
     why = "neither torch.func nor forward-mode differentiation bears its operators"
     announce(f"{op} runs in plain PyTorch, slower than it could", why)
     return True
+
+
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def functorch_is_active() -> bool:

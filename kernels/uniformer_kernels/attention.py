@@ -2,7 +2,7 @@
 
     o_n = softmax(scale * q_n k_n^T) v_n        for every head n
 
-No affinity is stored: Triton kernels (`attention_triton.py`) and, in bf16 on a CPU, C++
+No affinity is stored: Triton kernels (`attention_triton.py`) and, on a CPU in bf16 and fp32, C++
 (`csrc/attention_cpu*.cpp`) make them tile by tile, read a packed qkv as it is and write its
 gradient packed. On a GPU PyTorch's own fused attention serves until ours is measured to be faster.
 
@@ -16,11 +16,10 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from uniformer_kernels import _runtime, attention_native
-from uniformer_kernels._operator import Operator
+from uniformer_kernels._operator import Operator, once_differentiable
 
 __all__ = ["attention", "attention_qkv", "attention_ref"]
 
@@ -64,8 +63,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float) 
 def _served_by(q: Tensor, k: Tensor, scale: float | None, dropout: float, packed: bool) -> str:
     """Which of reference, sdpa, native and triton runs for q (B, N, h, d) and k (B, M, h, d)."""
     asked = _runtime.current_backend()
-    if asked == "reference":
-        return asked
+    if asked == "reference" or _runtime.forward_mode():  # which PyTorch's fused one lacks
+        return "reference"
     if q.device.type not in ("cpu", "cuda") or q.dtype == torch.float64:
         return "sdpa"
     chosen = _runtime.serving("attention", q.device)
@@ -136,8 +135,8 @@ def _bwd_kernel(
 
 
 def _is_native(qkv: Tensor, num_heads: int) -> bool:
-    """Either kernel goes on from what the other has kept."""
-    if _runtime.serving("attention", qkv.device) != "native":
+    """Either kernel goes on from what the other has kept, whatever backend is asked for by then."""
+    if qkv.is_cuda or _runtime.current_backend() == "triton" or _runtime.why_not("native"):
         return False
     return attention_native.why_not(_split(qkv, num_heads)[0]) is None
 
@@ -265,7 +264,7 @@ def attention(
             attention.
 
     Returns:
-        (B, N, h*d), the heads side by side, in `qkv`'s dtype.
+        (B, N, h*d), the heads side by side, in `qkv`'s dtype, or autocast's.
 
     Raises:
         ValueError: `qkv` is not (B, N, 3*h*d), or a number is out of its range.
@@ -299,7 +298,7 @@ def attention_qkv(
         dropout: as of `attention`.
 
     Returns:
-        (B, N, h, d), in `q`'s dtype.
+        (B, N, h, d), in `q`'s dtype, or autocast's.
 
     Raises:
         ValueError: a shape, dtype or device is not as above, or dropout is out of its range.

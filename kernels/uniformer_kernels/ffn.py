@@ -17,7 +17,6 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from uniformer_kernels import _runtime
@@ -43,7 +42,7 @@ from uniformer_kernels._norm import (
     check_norm,
     norm_ref,
 )
-from uniformer_kernels._operator import Operator
+from uniformer_kernels._operator import Operator, once_differentiable
 
 __all__ = ["ffn", "ffn_ref"]
 

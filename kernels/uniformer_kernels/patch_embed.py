@@ -21,11 +21,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from uniformer_kernels import _runtime
-from uniformer_kernels._operator import Operator
+from uniformer_kernels._operator import Operator, once_differentiable
 
 __all__ = ["Pixels", "patch_embed", "patch_embed_ref"]
 
@@ -66,6 +65,11 @@ def patch_embed_ref(
     """`patch_embed` in plain PyTorch."""
     scale, shift = ([], []) if pixels is None else pixels.linear()
     z = _project(x, weight, bias, stride, padding, scale, shift)
+    if z.dtype == torch.float64:
+        gamma, beta = (None if t is None else t.to(z.dtype) for t in (gamma, beta))
+    elif (gamma is None) != (beta is None):  # PyTorch wants both, where they are not of z's dtype
+        gamma = torch.ones_like(beta) if gamma is None and beta is not None else gamma
+        beta = torch.zeros_like(gamma) if beta is None and gamma is not None else beta
     return F.layer_norm(z, z.shape[-1:], gamma, beta, eps)
 
 
