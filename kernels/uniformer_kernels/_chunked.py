@@ -76,7 +76,8 @@ def product_into(
 ) -> None:  # fmt: skip
     """y = residual + scale * product, by way of `buffer` where y is of another dtype."""
     direct = y.dtype == x.dtype
-    if residual is not None and direct and scale is None:  # the product is added as it is made
+    if residual is not None and direct and scale is None and y.itemsize == 2:
+        # The product is added as it is made: in 16 bits 1.1x to 1.2x as fast, in fp32 no faster.
         y.copy_(residual) if bias is None else torch.add(residual, bias, out=y)
         y.addmm_(x, weight)
         return
