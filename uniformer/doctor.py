@@ -15,7 +15,8 @@ WORDS = {
 }  # fmt: skip
 # Where it depends on the tensor, too.
 NOTES = {
-    ("attention", "native"): "in bf16; PyTorch's fused attention in other dtypes",
+    ("attention", "native"): "in fp32 and bf16, heads of 16, 32, 48 or 64 channels; else PyTorch's "
+    "fused attention",
     ("attention", "sdpa"): "or Triton where benchmarks/tune_attention.py found it faster",
     ("dwconv3d", "native"): "for weight gradients, fp16, 5x5x5 in fp32 and small clips; for other "
     "forwards PyTorch's channels-last convolution, near the peak",
