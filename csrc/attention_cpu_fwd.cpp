@@ -5,7 +5,7 @@
 // K and V are packed once a head, sixteen keys (channels) to a vector. ROWS queries go through all
 // keys in blocks, with the softmax's maximum and sum brought along; a block's scores stay in the
 // first-level cache. PyTorch's own kernel takes twice as long in bf16, and 1.2 times in fp32, where
-// this one runs at nine tenths of the processor's peak (benchmarks/bench_attention.py).
+// this one runs at nine tenths of the rate of matrix products (benchmarks/bench_attention.py).
 
 #include <algorithm>
 #include <cmath>

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plain import PlainGlobalBlock
 from tests.test_local_block import assert_same, both, kept_for_backward
+from uniformer import create_model
 from uniformer.configs import UniFormerConfig
 from uniformer.global_block import GlobalBlock
 from uniformer_kernels import backend
@@ -193,3 +194,18 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled(x), made(x))
     (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
     torch.testing.assert_close(got, torch.autograd.grad(made(x).square().sum(), x)[0])
+
+
+def test_the_whole_network_copies_no_layout_and_stores_no_affinity():
+    """The second stage is global here, and has 1,024 tokens."""
+    model = create_model("uniformer_nano", num_classes=3, stages="LGGG").eval()
+    clip = torch.randn(1, 3, 32, 64, 64)
+    tokens = 16 * 8 * 8
+    with torch.no_grad(), Large(tokens * 16) as seen:
+        model(clip)
+    assert seen.copies == []
+    assert seen.largest < tokens**2
+    with torch.no_grad(), backend("reference"), Large(tokens * 16) as seen:
+        model(clip)
+    assert seen.copies
+    assert seen.largest >= tokens**2
