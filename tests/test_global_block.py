@@ -81,7 +81,7 @@ def test_sixteen_bits_err_no_more_than_the_plain_block(dtype, under):
         made, plain, x, dy = made.to(dtype), plain.to(dtype), x.to(dtype), dy.to(dtype)
     with torch.autocast("cpu", dtype, enabled=under == "autocast"):
         y = made(x)
-        near = plain(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        near = plain(x.permute(0, 4, 1, 2, 3).contiguous()).permute(0, 2, 3, 4, 1)
     assert y.dtype == x.dtype  # under autocast the residual stream stays in fp32
     y.backward(dy)
     near.backward(dy)
@@ -89,9 +89,11 @@ def test_sixteen_bits_err_no_more_than_the_plain_block(dtype, under):
     rows = [("y", y, near, want)]
     rows += [(n, p.grad, q.grad, t.grad) for (n, p), q, t in zip(*grads, strict=True)]
     for name, got, near, want in rows:
-        eps = torch.finfo(dtype).eps
-        bound = 2 * (near - want).abs().max() + eps * want.abs().max().clamp_min(1e-3)
-        assert (got - want).abs().max() <= bound, name
+        eps = torch.finfo(dtype).eps * want.abs().max().clamp_min(1e-3)
+        error = (near - want).abs().max()
+        if error.isnan():  # once, in PyTorch's own gradient of the DPE in bf16
+            error = 4 * eps
+        assert (got - want).abs().max() <= 2 * error + eps, name
 
 
 # --- Memory and layout ----------------------------------------------------------------
