@@ -358,11 +358,15 @@ def environment(batch: int) -> tuple[str, Row]:
 # --- The command line -----------------------------------------------------------------
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """See the top of the file."""
-    started = time.monotonic()
-    parser = argparse.ArgumentParser(description="Time the launches of the kernels on this GPU.")
-    parser.add_argument("--seconds", type=float, default=500, help="in all, at most")
+def settings(
+    module: str, description: str, seconds: float, arguments: list[str] | None
+) -> argparse.Namespace:  # fmt: skip
+    """Of a tuner's command line: seconds, dry_run, and `into`, the file, which can be written to.
+
+    Does not come back where this program has to begin anew, with Triton interpreting its kernels.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seconds", type=float, default=seconds, help="in all, at most")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any machine")
     parser.add_argument("--into", type=Path, help="a file instead of the library's")
     args = parser.parse_args(arguments)
@@ -373,12 +377,19 @@ def main(arguments: list[str] | None = None) -> None:
     if not GPU and not _runtime.interpreting():  # Triton asks when it is imported, as it is by now
         os.environ["TRITON_INTERPRET"] = "1"
         again = sys.argv[1:] if arguments is None else arguments
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tune", *again])
-    into = args.into or _runtime.TUNED
-    read(into)  # rather fail now than when all is measured
-    if not os.access(into.parent, os.W_OK):
-        parser.error(f"{into.parent} cannot be written to: say --into FILE")
+        os.execv(sys.executable, [sys.executable, "-m", module, *again])
+    args.into = args.into or _runtime.TUNED
+    read(args.into)  # rather fail now than when all is measured
+    if not os.access(args.into.parent, os.W_OK):
+        parser.error(f"{args.into.parent} cannot be written to: say --into FILE")
+    return args
 
+
+def main(arguments: list[str] | None = None) -> None:
+    """See the top of the file."""
+    started = time.monotonic()
+    description = "Time the launches of the kernels on this GPU."
+    args = settings("benchmarks.tune", description, 500, arguments)
     rows = {case: rows_of(case, args.dry_run) for case in list_cases(args.dry_run)}
     deadline = started + args.seconds
     works, failed = compile_all(rows, started + COMPILING * args.seconds)
@@ -393,7 +404,7 @@ def main(arguments: list[str] | None = None) -> None:
             timed, failed = timed + len(times), failed + wrong
             if len(times) > 1:
                 found[case] = result(times)
-                write(into, arch, where, case.key, found[case])
+                write(args.into, arch, where, case.key, found[case])
     finally:
         print(report(rows, found, timed, failed))
 

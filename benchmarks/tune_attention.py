@@ -8,13 +8,10 @@ backward. Ours is compared with PyTorch's before it is timed. PyTorch's is what
 `F.scaled_dot_product_attention` picks itself: flash, cuDNN or memory-efficient attention.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -95,18 +92,9 @@ def measure(case: Case, dry_run: bool) -> tune.Row:
 
 def main(arguments: list[str] | None = None) -> None:
     """See the top of the file."""
-    parser = argparse.ArgumentParser(description="Time attention beside PyTorch's on this GPU.")
-    parser.add_argument("--seconds", type=float, default=60, help="in all, at most")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any machine")
-    parser.add_argument("--into", type=Path, help="a file instead of the library's")
-    args = parser.parse_args(arguments)
-    if args.dry_run and args.into is None:
-        parser.error("--dry-run measures nothing for the library: say --into FILE")
-    if not args.dry_run and (not tune.GPU or _runtime.interpreting()):
-        parser.error("this needs a CUDA device, and TRITON_INTERPRET unset; or --dry-run")
-    if not tune.GPU:
-        os.environ["TRITON_INTERPRET"] = "1"
-    into, end = args.into or _runtime.TUNED, time.monotonic() + args.seconds
+    description = "Time attention beside PyTorch's on this GPU."
+    args = tune.settings("benchmarks.tune_attention", description, 60, arguments)
+    end = time.monotonic() + args.seconds
     arch, where = tune.environment(batch=1)
     for case in list_cases(args.dry_run):
         if time.monotonic() > end:
@@ -118,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
             tune.finish()  # raises again where the GPU is lost for this process
             print(f"{case.key}: {said(error)}")
             continue
-        tune.write(into, arch, where, case.key, row, op="attention")
+        tune.write(args.into, arch, where, case.key, row, op="attention")
         print(f"{case.key}: {row['backend']} {row['ms']:.4f} ms, {row['rival_ms']}")
 
 

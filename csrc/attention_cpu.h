@@ -50,8 +50,6 @@ constexpr int GROUP = 4 / sizeof(E);
 template <typename E>
 constexpr E ZEROS[WIDEST] = {};  // a row where there is none
 
-inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
-
 // The lanes of a vector that there are, of `left`.
 inline __mmask16 lanes(int64_t left) {
   return left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0;

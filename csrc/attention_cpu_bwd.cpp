@@ -44,12 +44,12 @@ template <typename E>
 struct Job {
   Rows<E> qkv, dout, out;
   const float* lse;       // (B, N, h)
-  E* dqkv;         // (B, N, 3, h, d)
+  E* dqkv;                // (B, N, 3, h, d)
   int64_t N, h, d;
   float scale;
   int64_t padded;         // N, rounded up to LANES
   int64_t groups, group;  // of keys, and how many each has
-  E* packed;       // (heads, 4, padded * d): see Head
+  E* packed;              // (heads, 4, padded * d): see Head
   float* statistics;      // (heads, 2, padded): see Head
   float* dq;              // (heads, groups, padded * d): transposed, by steps (d, step)
   int64_t first;          // of the heads at work, of all clips
@@ -82,12 +82,12 @@ struct Head {
 // A block of keys; its scores with QUERIES queries; its gradients. 0.1 MB, on the stack.
 template <typename E>
 struct Block {
-  int64_t keys, rows;                                       // rows: keys, rounded up to ROWS
-  alignas(64) E k[KEYS * WIDEST], v[KEYS * WIDEST];  // (rows, d)
-  alignas(64) E k_pairs[WIDEST * KEYS];              // (d, rows): pairs of keys
+  int64_t keys, rows;                                      // rows: keys, rounded up to ROWS
+  alignas(64) E k[KEYS * WIDEST], v[KEYS * WIDEST];        // (rows, d)
+  alignas(64) E k_pairs[WIDEST * KEYS];                    // (d, rows): pairs of keys
   alignas(64) E p[KEYS][QUERIES<E>], ds[KEYS][QUERIES<E>];
-  alignas(64) E ds_pairs[KEYS * QUERIES<E>];            // by steps (rows / 2, step, 2)
-  alignas(64) float dk[KEYS * WIDEST], dv[KEYS * WIDEST];   // (rows, d)
+  alignas(64) E ds_pairs[KEYS * QUERIES<E>];               // by steps (rows / 2, step, 2)
+  alignas(64) float dk[KEYS * WIDEST], dv[KEYS * WIDEST];  // (rows, d)
 };
 
 // --- Packing ---------------------------------------------------------------------------

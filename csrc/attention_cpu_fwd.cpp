@@ -139,12 +139,7 @@ void run(int64_t begin, int64_t end, void* context) {
   const int64_t tiles = tiles_of(job.N, TILE);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index % tiles * TILE, head = index / tiles % job.h, b = index / tiles / job.h;
-    switch (job.d / LANES) {
-      case 1: tile<1>(job, b, head, n); break;
-      case 2: tile<2>(job, b, head, n); break;
-      case 3: tile<3>(job, b, head, n); break;
-      case 4: tile<4>(job, b, head, n); break;
-    }
+    with_vectors(job.d, [&](auto V) { tile<V>(job, b, head, n); });
   }
 }
 

@@ -43,8 +43,6 @@ struct Tensor {
   const int64_t* stride;  // of b, t, h, w, c, in elements
 };
 
-inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
-
 // LANES elements in fp32, and back. The compiler makes vectors of loops over fp16, not over bf16.
 inline vec load(const float* from) {
   vec value;

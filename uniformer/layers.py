@@ -23,8 +23,7 @@ from uniformer_kernels import (
 )
 
 __all__ = [
-    "DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "Pixels",
-    "batch_norm",
+    "DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "Pixels", "batch_norm",
     "runs_fused", "why_not_around",
 ]  # fmt: skip
 

@@ -8,7 +8,6 @@ an erf-GELU takes 2 ms instead of 8 (two threads, fp32, 64 to 256 channels).
 """
 
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Norm, Prologue, Sums
 
 __all__ = [
-    "Chunks", "accumulate", "compute_dtype", "fitted", "prepare", "product",
-    "product_into", "serves", "some", "spread",
-    "through_norm",
+    "Chunks", "accumulate", "compute_dtype", "fitted", "prepare", "product", "product_into",
+    "serves", "some", "spread", "through_norm",
 ]  # fmt: skip
 
 ROWS = {2: 4096, 4: 1024, 8: 512}  # by bytes an element; 16-bit products want more to start well
@@ -114,6 +112,9 @@ class Chunks:
     def __init__(self, norm: Prologue | None, x: Tensor, dtype: torch.dtype) -> None:
         self.norm, self.x, self.dtype = norm, x, dtype
         self.per_row = norm is not None and norm.mean is None
+        if norm is not None and self.per_row:
+            self.affine = norm.gamma.to(x.dtype), norm.beta.to(x.dtype)
+            self.of_gamma, self.of_beta = torch.zeros_like(norm.gamma), torch.zeros_like(norm.beta)
         parts = max(len(x) // (GPU_ROWS if x.is_cuda else ROWS[dtype.itemsize]), 1)
         self.step = -(-len(x) // parts)  # alike: a short last chunk starves the threads
 
@@ -133,19 +134,16 @@ class Chunks:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         norm, x, width = self.norm, self.x, self.x.shape[1]
-        wide = narrow = shift = gamma = beta = x
+        wide = narrow = shift = x
         if norm is not None and not self.per_row:
             wide, shift = self.buffer(width, norm.rstd.dtype), -norm.mean * norm.rstd
-        if norm is not None and self.per_row:
-            gamma, beta = norm.gamma.to(x.dtype), norm.beta.to(x.dtype)
-            self.of_gamma, self.of_beta = torch.zeros_like(norm.gamma), torch.zeros_like(norm.beta)
         if wide.dtype != self.dtype:
             narrow = self.buffer(width)
         for first in range(0, len(x), self.step):
             rows = slice(first, min(first + self.step, len(x)))
             part = x[rows]
             if norm is not None and self.per_row:
-                part, *self.stats = torch.native_layer_norm(part, (width,), gamma, beta, norm.eps)
+                part, *self.stats = torch.native_layer_norm(part, (width,), *self.affine, norm.eps)
             elif norm is not None:  # one multiplication and one addition
                 part = torch.addcmul(shift, part, norm.rstd, out=wide[: len(part)])
             if part.dtype != self.dtype:
@@ -157,10 +155,9 @@ class Chunks:
 
         What it adds to the gradients of gamma and beta goes into `of_gamma` and `of_beta`.
         """
-        x, norm = self.x[rows], cast(Prologue, self.norm)
-        gamma, beta = norm.gamma.to(x.dtype), norm.beta.to(x.dtype)
+        x = self.x[rows]
         dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
-            g.to(x.dtype), x, x.shape[1:], *self.stats, gamma, beta, [True, True, True]
+            g.to(x.dtype), x, x.shape[1:], *self.stats, *self.affine, [True, True, True]
         )
         self.of_gamma += dgamma
         self.of_beta += dbeta

@@ -5,6 +5,7 @@ An operator says which backends it has on which device, the default first; `serv
 
 import contextlib
 import ctypes
+import importlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ __all__ = [
     "current_backend",
     "forward_mode", "functorch_is_active", "has_wgmma", "int64s", "interpreting", "library",
     "multiprocessors", "native_library", "on_device", "parallel_for", "pointer", "product_dtype",
-    "register", "report", "serving", "shared_memory", "tuned", "under_torch_func", "why_not",
+    "register", "report", "serving", "shared_memory", "triton_kernels", "tuned",
+    "under_torch_func", "why_not",
 ]  # fmt: skip
 
 log = logging.getLogger("uniformer.kernels")
@@ -177,6 +180,11 @@ def _why_not_triton() -> str | None:
     if torch.cuda.is_available() or interpreting():
         return None
     return "there is no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, to test)"
+
+
+def triton_kernels(op: str) -> ModuleType:
+    """An operator's, where they are first needed: not every machine has Triton."""
+    return importlib.import_module(f"uniformer_kernels.{op}_triton")
 
 
 # --- What comes in --------------------------------------------------------------------

@@ -11,7 +11,7 @@ Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 4 and 7.
 """
 
 import math
-from types import ModuleType
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ __all__ = ["attention", "attention_qkv", "attention_ref"]
 WIDEST = 128  # channels of a head that the Triton kernels serve, in multiples of 4
 
 _runtime.register("attention", {"cpu": ("native", "sdpa", "triton"), "cuda": ("sdpa", "triton")})
+_triton = partial(_runtime.triton_kernels, "attention")
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,15 +72,12 @@ def _served_by(q: Tensor, k: Tensor, scale: float | None, dropout: float, packed
     if chosen == "sdpa" and asked == "auto" and _measured_faster(q, k):
         chosen = "triton"
     if chosen == "triton":
-        why = _why_not_triton(q, k, scale, dropout)
-        if why is not None:
+        if why := _why_not_triton(q, k, scale, dropout):
             _runtime.announce("attention runs in PyTorch's fused attention, not in Triton", why)
-    else:
-        bare = chosen == "native" and packed and not dropout
-        why = attention_native.why_not(q) if bare else "another was chosen"
-    if why is not None or _runtime.under_torch_func("attention"):
+            return "sdpa"
+    elif chosen != "native" or not packed or dropout or attention_native.why_not(q):
         return "sdpa"
-    return chosen
+    return "sdpa" if _runtime.under_torch_func("attention") else chosen
 
 
 def _why_not_triton(q: Tensor, k: Tensor, scale: float | None, dropout: float) -> str | None:
@@ -95,7 +93,7 @@ def _why_not_triton(q: Tensor, k: Tensor, scale: float | None, dropout: float) -
 
 
 def _measured_faster(q: Tensor, k: Tensor) -> bool:
-    """Whether our kernels were the faster ones here, as benchmarks/tune.py found."""
+    """Whether our kernels were the faster ones here, as benchmarks/tune_attention.py found."""
     if torch.compiler.is_compiling() or k.shape[1] != q.shape[1]:
         return False
     direction = "step" if torch.is_grad_enabled() and q.requires_grad else "fwd"
@@ -104,13 +102,6 @@ def _measured_faster(q: Tensor, k: Tensor) -> bool:
 
 
 # --- Ops: shapes, dispatch, autograd --------------------------------------------------
-
-
-def _triton() -> ModuleType:
-    """Its kernels, where they are first needed: not every machine has Triton."""
-    from uniformer_kernels import attention_triton
-
-    return attention_triton
 
 
 def _fwd_kernel(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:

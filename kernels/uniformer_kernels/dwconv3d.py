@@ -14,7 +14,7 @@ Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 6 and 8.
 """
 
 import math
-from types import ModuleType
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ __all__ = ["MAX_KERNEL", "dwconv3d", "dwconv3d_ref", "dwconv3d_stats"]
 MAX_KERNEL = 9  # the largest tube size of the paper's ablation
 
 _runtime.register("dwconv3d", {"cuda": ("triton", "cuda"), "cpu": ("native", "triton")})
+_triton = partial(_runtime.triton_kernels, "dwconv3d")
 
 
 # --- Reference ------------------------------------------------------------------------
@@ -147,13 +148,6 @@ def _bwd_weight_by(served_by: str, dy: Tensor, x: Tensor, weight: Tensor) -> Ten
     if served_by == "cuda":
         return dwconv3d_native.bwd_weight_cuda(dy, x, weight)
     return dwconv3d_native.bwd_weight_cpu(dy, x, weight)
-
-
-def _triton() -> ModuleType:
-    """Its kernels, where they are first needed: not every machine has Triton."""
-    from uniformer_kernels import dwconv3d_triton
-
-    return dwconv3d_triton
 
 
 def _fwd_fake(x, weight, bias, residual):

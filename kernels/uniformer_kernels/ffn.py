@@ -12,7 +12,7 @@ Shapes: M rows (B * T * H * W), C channels, F hidden channels.
 Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 3.
 """
 
-from types import ModuleType
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ __all__ = ["ffn", "ffn_ref"]
 WIDEST = 128  # channels of which a tile of rows and both matrices' tiles fit a GPU's registers
 
 _runtime.register("ffn", {"cuda": ("triton", "chunked"), "cpu": ("chunked", "triton")})
+_triton = partial(_runtime.triton_kernels, "ffn")
 
 
 # --- Reference ------------------------------------------------------------------------
@@ -146,13 +147,6 @@ def _fwd_kernel(
     with torch.autocast(x.device.type, enabled=False):
         y = run(rows, w1.flatten(1), b1, w2.flatten(1), b2, norm, scale, residual, dtype)
     return torch.ops.aten._unsafe_view(y, x.shape)  # which may be changed in place
-
-
-def _triton() -> ModuleType:
-    """Its kernels, where they are first needed: not every machine has Triton."""
-    from uniformer_kernels import ffn_triton
-
-    return ffn_triton
 
 
 def _fwd_fake(

@@ -15,7 +15,7 @@ Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, section 3.4.
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ __all__ = ["Pixels", "patch_embed", "patch_embed_ref"]
 WIDEST = 512  # channels out whose sums of a tile fit a GPU's registers
 
 _runtime.register("patch_embed", {"cuda": ("triton", "reference"), "cpu": ("reference", "triton")})
+_triton = partial(_runtime.triton_kernels, "patch_embed")
 
 
 class Pixels(NamedTuple):
@@ -107,13 +108,6 @@ def _fwd_kernel(
     )
     _triton().fwd(x, weight.to(dtype), bias, gamma, beta, eps, stride, padding, scale, shift, y)
     return y
-
-
-def _triton() -> ModuleType:
-    """Its kernels, where they are first needed: not every machine has Triton."""
-    from uniformer_kernels import patch_embed_triton
-
-    return patch_embed_triton
 
 
 def _fwd_fake(

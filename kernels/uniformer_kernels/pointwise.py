@@ -12,7 +12,7 @@ Shapes: M rows (B * T * H * W), K channels in, N channels out.
 Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 5 and 6.
 """
 
-from types import ModuleType
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ from uniformer_kernels._operator import Operator, once_differentiable
 __all__ = ["pointwise", "pointwise_ref", "pointwise_stats"]
 
 _runtime.register("pointwise", {"cuda": ("triton", "chunked"), "cpu": ("chunked", "triton")})
+_triton = partial(_runtime.triton_kernels, "pointwise")
 
 
 # --- Reference ------------------------------------------------------------------------
@@ -133,13 +134,6 @@ def _fwd_kernel(
             out, found = _triton().fwd(*arguments, with_stats)
     out = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))  # may change in place
     return out, out.new_empty(0) if found is None else found
-
-
-def _triton() -> ModuleType:
-    """Its kernels, where they are first needed: not every machine has Triton."""
-    from uniformer_kernels import pointwise_triton
-
-    return pointwise_triton
 
 
 def _fwd_fake(
