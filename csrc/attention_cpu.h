@@ -1,26 +1,13 @@
-// What the two CPU kernels of attention share: vectors and products of E, which is float or bf16
-// (uint16_t), and the exponential.
-//
-// An instruction adds to each of 16 sums in fp32 as many products as 4 bytes have factors: GROUP,
-// two of bf16 or one of fp32. One factor is read by rows, groups side by side along the axis of the
-// sum; the other is packed so that a group lies side by side, sixteen of its columns to a vector.
+// What the two CPU kernels of attention share: heads that they serve, rows packed for products, and
+// the exponential.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
-#include <type_traits>
-#include <vector>
 
-#include "cpu.h"
-
-#if defined(__AVX512F__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own header
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
+#include "product_cpu.h"
 
 namespace {
 
@@ -28,59 +15,17 @@ constexpr int64_t WIDEST = 64;  // channels of a head
 
 // Whether heads of `d` channels, of `bytes` bytes each, are served on the processor that this is
 // built for.
-inline bool serves(int64_t d, [[maybe_unused]] int64_t bytes) {
-  bool has = false;
-#if defined(__AVX512F__)
-  has = bytes == 4;
-#endif
-#if defined(__AVX512BF16__)
-  has = has || bytes == 2;
-#endif
-  return has && d > 0 && d <= WIDEST && d % 16 == 0;
+inline bool serves(int64_t d, int64_t bytes) {
+  return has_products(bytes) && d > 0 && d <= WIDEST && d % 16 == 0;
 }
 
 #if defined(__AVX512F__)
 
-constexpr int LANES = 16;
 constexpr int ROWS = 6;          // 6 x 4 vectors of sums, 4 of the packed factor, of 32 registers
 constexpr int STEP = 4 * LANES;  // columns that share a pass over the groups
 constexpr float LOG2E = 1.44269504f;
 template <typename E>
-constexpr int GROUP = 4 / sizeof(E);
-template <typename E>
 constexpr E ZEROS[WIDEST] = {};  // a row where there is none
-
-// The lanes of a vector that there are, of `left`.
-inline __mmask16 lanes(int64_t left) {
-  return left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
-}
-
-// The first of `size` elements and more that lie at a multiple of a vector's size.
-template <typename T>
-T* aligned(std::vector<T>& memory, int64_t size) {
-  if (memory.size() < size + 64 / sizeof(T)) memory.resize(size + 64 / sizeof(T));
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-}
-
-// --- fp32 ------------------------------------------------------------------------------
-
-inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
-
-inline void store(float* a, __m512 x) { _mm512_storeu_ps(a, x); }
-
-inline void store(float* a, float* b, __m512 x, __m512 y) { store(a, x), store(b, y); }
-
-// Element l of x next to element l of y.
-inline void side_by_side(float* out, __m512 x, __m512 y) {
-  const __m512i lane = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  store(out, _mm512_permutex2var_ps(x, lane, y));
-  store(out + LANES, _mm512_permutex2var_ps(x, _mm512_add_epi32(lane, _mm512_set1_epi32(8)), y));
-}
-
-// Vectors of two rows to where a packed factor has them, its rows `next` apart.
-inline void store_packed(float* out, int64_t next, __m512 x, __m512 y) {
-  store(out, out + next, x, y);
-}
 
 // Two rows of d channels to columns `at` and `at` + 1 of (d, step).
 inline void pack_columns(
@@ -91,46 +36,6 @@ inline void pack_columns(
     for (int64_t i = 0; i < LANES; ++i) std::memcpy(out + (c + i) * step + at, two + 2 * i, 8);
   }
 }
-
-// Two rows of d channels to (2, d).
-inline void pack_rows(const float* const (&rows)[2], int64_t d, float* out) {
-  for (int64_t i = 0; i < 2; ++i) std::memcpy(out + i * d, rows[i], d * sizeof(float));
-}
-
-inline __m512 broadcast(const float* group) { return _mm512_set1_ps(*group); }
-
-inline __m512 add_products(__m512 sum, __m512 left, __m512 right) {
-  return _mm512_fmadd_ps(left, right, sum);
-}
-
-// --- bf16 ------------------------------------------------------------------------------
-
-#if defined(__AVX512BF16__)
-
-inline __m512 load(const uint16_t* from) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
-inline void store(uint16_t* a, __m512 x) {
-  _mm256_storeu_si256((__m256i*)a, (__m256i)_mm512_cvtneps_pbh(x));
-}
-
-inline void store(uint16_t* a, uint16_t* b, __m512 x, __m512 y) {
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
-  _mm256_storeu_si256((__m256i*)a, _mm512_castsi512_si256(both));
-  _mm256_storeu_si256((__m256i*)b, _mm512_extracti64x4_epi64(both, 1));
-}
-
-inline void side_by_side(uint16_t* out, __m512 x, __m512 y) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i pair = _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16));
-  _mm512_storeu_si512(
-      out, _mm512_permutexvar_epi16(_mm512_add_epi32(pair, _mm512_set1_epi32(LANES << 16)),
-                                    (__m512i)_mm512_cvtne2ps_pbh(y, x)));
-}
-
-inline void store_packed(uint16_t* out, int64_t, __m512 x, __m512 y) { side_by_side(out, x, y); }
 
 // To (d / 2, step, 2).
 inline void pack_columns(
@@ -143,6 +48,11 @@ inline void pack_columns(
   }
 }
 
+// Two rows of d channels to (2, d).
+inline void pack_rows(const float* const (&rows)[2], int64_t d, float* out) {
+  for (int64_t i = 0; i < 2; ++i) std::memcpy(out + i * d, rows[i], d * sizeof(float));
+}
+
 // To (d, 2).
 inline void pack_rows(const uint16_t* const (&rows)[2], int64_t d, uint16_t* out) {
   for (int64_t c = 0; c < d; ++c) {
@@ -151,40 +61,7 @@ inline void pack_rows(const uint16_t* const (&rows)[2], int64_t d, uint16_t* out
   }
 }
 
-inline __m512bh broadcast(const uint16_t* group) {
-  int32_t pair;
-  std::memcpy(&pair, group, sizeof pair);
-  return (__m512bh)_mm512_set1_epi32(pair);
-}
-
-inline __m512 add_products(__m512 sum, __m512bh left, __m512bh right) {
-  return _mm512_dpbf16_ps(sum, left, right);
-}
-
-#endif
-
-// --- Both ------------------------------------------------------------------------------
-
-// sums[r][v] += row r of a (`stride` elements apart) times b (V vectors a group).
-template <int R, int V, typename E>
-inline __attribute__((always_inline)) void products(
-    const E* a, int64_t stride, const E* b, int64_t groups, __m512 (&sums)[R][V]) {
-  using Factor = decltype(broadcast(a));
-  for (int64_t p = 0; p < groups; ++p) {
-    Factor right[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      right[v] = (Factor)_mm512_loadu_si512(b + (p * V + v) * GROUP<E> * LANES);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const Factor left = broadcast(a + r * stride + GROUP<E> * p);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] = add_products(sums[r][v], left, right[v]);
-    }
-  }
-}
-
-// The same, onto `out` (R, V * LANES) in fp32, or over it.
+// sums[r][v] of `products`, onto `out` (R, V * LANES) in fp32, or over it.
 template <int R, int V, typename E>
 inline void accumulate(
     const E* a, int64_t stride, const E* b, int64_t groups, bool onto, float* out) {
@@ -195,17 +72,6 @@ inline void accumulate(
       float* at = out + (r * V + v) * LANES;
       store(at, onto ? _mm512_add_ps(load(at), sums[r][v]) : sums[r][v]);
     }
-}
-
-// Calls `function` with how many vectors `elements` are, 1 to 4, as a constant.
-template <typename Function>
-inline void with_vectors(int64_t elements, const Function& function) {
-  switch (elements / LANES) {
-    case 1: function(std::integral_constant<int, 1>()); break;
-    case 2: function(std::integral_constant<int, 2>()); break;
-    case 3: function(std::integral_constant<int, 3>()); break;
-    case 4: function(std::integral_constant<int, 4>()); break;
-  }
 }
 
 // e^x for x <= 0, to 2e-7; NaN stays.

@@ -242,11 +242,11 @@ void run(int64_t begin, int64_t end, void* context) {
       for (int64_t n = 0; n < job.padded; n += QUERIES<E>) {
         const int64_t queries = std::min(QUERIES<E>, job.padded - n);
         for (int64_t i = n; i < n + queries; i += STEP)
-          with_vectors(std::min<int64_t>(STEP, n + queries - i), [&](auto V) {
+          with_vectors(std::min<int64_t>(STEP, n + queries - i) / LANES, [&](auto V) {
             scores<V>(head, i, block);
             queries_gradient<V>(head, i, block, m > first, dq + i * job.d);
           });
-        with_vectors(job.d, [&](auto V) { keys_gradients<V>(head, n, queries, block); });
+        with_vectors(job.d / LANES, [&](auto V) { keys_gradients<V>(head, n, queries, block); });
       }
       write_keys(head, m, block);
     }

@@ -78,7 +78,7 @@ void queries(const Job<E>& job, int64_t b, int64_t head, int64_t n) {
   for (int64_t first = 0; first < job.padded; first += BLOCK) {
     const int64_t count = std::min(BLOCK, job.padded - first);
     for (int64_t m = 0; m < count; m += STEP)
-      with_vectors(std::min<int64_t>(STEP, count - m), [&](auto W) {
+      with_vectors(std::min<int64_t>(STEP, count - m) / LANES, [&](auto W) {
         __m512 sums[R][W] = {};
         products<R, W>(q, job.stride_n, keys + (first + m) * d, d / GROUP<E>, sums);
         for (int r = 0; r < R; ++r)
@@ -139,7 +139,7 @@ void run(int64_t begin, int64_t end, void* context) {
   const int64_t tiles = tiles_of(job.N, TILE);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index % tiles * TILE, head = index / tiles % job.h, b = index / tiles / job.h;
-    with_vectors(job.d, [&](auto V) { tile<V>(job, b, head, n); });
+    with_vectors(job.d / LANES, [&](auto V) { tile<V>(job, b, head, n); });
   }
 }
 

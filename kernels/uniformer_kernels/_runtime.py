@@ -104,15 +104,18 @@ def serving(op: str, device: torch.device) -> str:
         return asked
     chosen, why = _default(serves, device.type)
     if why:
-        announce(f"{op} runs in plain PyTorch, slower than it could", why)
+        announce(f"{op} runs on PyTorch's own operators, slower than it could", why)
     return chosen
 
 
 def _default(serves: Mapping[str, tuple[str, ...]], device: str) -> tuple[str, str | None]:
-    """The backend for "auto", and why it is the slow one, if so."""
-    best, *_ = serves.get(device, ("reference",))
-    why = why_not(best)
-    return ("reference", f"{best} cannot run here: {why}") if why else (best, None)
+    """The backend for "auto", and why it is not the best, if so."""
+    names = serves.get(device, ("reference",))
+    why = why_not(names[0])
+    if why is None:
+        return names[0], None
+    anywhere = next((name for name in names if name not in BACKENDS), "reference")
+    return anywhere, f"{names[0]} cannot run here: {why}"
 
 
 def under_torch_func(op: str) -> bool:

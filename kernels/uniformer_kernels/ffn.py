@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from uniformer_kernels import _runtime
+from uniformer_kernels import _runtime, products_native
 from uniformer_kernels._chunked import (
     Chunks,
     accumulate,
@@ -48,7 +48,9 @@ __all__ = ["ffn", "ffn_ref"]
 
 WIDEST = 128  # channels of which a tile of rows and both matrices' tiles fit a GPU's registers
 
-_runtime.register("ffn", {"cuda": ("triton", "chunked"), "cpu": ("chunked", "triton")})
+_runtime.register(
+    "ffn", {"cuda": ("triton", "chunked"), "cpu": ("native", "chunked", "triton")}
+)
 _triton = partial(_runtime.triton_kernels, "ffn")
 
 
@@ -143,9 +145,15 @@ def _fwd_kernel(
         Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row),
         x.reshape(-1, x.shape[-1]),
     )
-    run = _fwd_chunked if serves("ffn", x, dtype) else _triton().fwd
+    m1, m2 = w1.flatten(1), w2.flatten(1)
+    if not serves("ffn", x, dtype):
+        run = _triton().fwd
+    elif products_native.serves(rows, dtype, m1, b1, m2, b2):
+        run = products_native.ffn
+    else:
+        run = _fwd_chunked
     with torch.autocast(x.device.type, enabled=False):
-        y = run(rows, w1.flatten(1), b1, w2.flatten(1), b2, norm, scale, residual, dtype)
+        y = run(rows, m1, b1, m2, b2, norm, scale, residual, dtype)
     return torch.ops.aten._unsafe_view(y, x.shape)  # which may be changed in place
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from uniformer_kernels import _runtime
+from uniformer_kernels import _runtime, products_native
 from uniformer_kernels._chunked import (
     Chunks,
     accumulate,
@@ -47,7 +47,9 @@ from uniformer_kernels._operator import Operator, once_differentiable
 
 __all__ = ["pointwise", "pointwise_ref", "pointwise_stats"]
 
-_runtime.register("pointwise", {"cuda": ("triton", "chunked"), "cpu": ("chunked", "triton")})
+_runtime.register(
+    "pointwise", {"cuda": ("triton", "chunked"), "cpu": ("native", "chunked", "triton")}
+)
 _triton = partial(_runtime.triton_kernels, "pointwise")
 
 
@@ -128,7 +130,8 @@ def _fwd_kernel(
     arguments = (rows, weight, bias, norm, scale, residual, dtype)
     with torch.autocast(x.device.type, enabled=False):
         if serves("pointwise", x, dtype):
-            out = _fwd_chunked(*arguments)
+            native = products_native.serves(rows, dtype, weight, bias, residual)
+            out = (products_native.pointwise if native else _fwd_chunked)(*arguments)
             found = channel_stats(out) if with_stats else None
         else:
             out, found = _triton().fwd(*arguments, with_stats)

@@ -1,0 +1,67 @@
+// A matrix product over channels on the CPU, with the norm before it, drop path and residual behind.
+//
+//   y = residual + scale * (norm(x) W^T + bias)
+//
+// A chunk of tokens is normalised on its way into the cache, and its result, when it is complete,
+// written with all that is to be done to it: x, the residual and y each pass by once.
+
+#include "tokens_cpu.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+
+struct Job {
+  Rows x;
+  Norm norm;
+  Weight weight;
+  Result y;
+  bool full;  // memory
+};
+
+template <typename E>
+void run(int64_t begin, int64_t end, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  static thread_local std::vector<E> memory;
+  const int64_t K = job.weight.columns, chunk = chunk_of(K * sizeof(E));
+  E* tiles;
+  try {
+    tiles = aligned(memory, chunk * K + packed_size<E>(K));
+  } catch (const std::bad_alloc&) {
+    job.full = true;
+    return;
+  }
+  for (int64_t token = begin; token < end; token += chunk) {
+    const int64_t count = std::min(chunk, end - token);
+    read(job.x, job.norm, token, count, K, tiles);
+    multiply(job.weight, tiles, count, tiles + chunk * K,
+             IntoRows{job.y, job.weight.rows, token, count});
+  }
+}
+
+#endif
+
+}  // namespace
+
+// Whether `uniformer_pointwise_fwd` serves such a product: in bf16 where `half`, else in fp32.
+extern "C" int32_t uniformer_pointwise_fwd_serves(int64_t rows, int64_t columns, int32_t half) {
+  return serves({nullptr, nullptr, rows, columns, half}, half);
+}
+
+// `tokens` rows of x -> as many of y. Returns 0, 1 where memory ran out, 2 for what it does not
+// serve.
+extern "C" int32_t uniformer_pointwise_fwd(
+    [[maybe_unused]] const Rows* x, [[maybe_unused]] const Norm* norm, const Weight* weight,
+    [[maybe_unused]] const Result* y, [[maybe_unused]] int64_t tokens, int32_t half,
+    [[maybe_unused]] ParallelFor parallel_for) {
+  if (!serves(*weight, half)) return 2;
+#if defined(__AVX512F__)
+  Job job = {*x, *norm, *weight, *y, false};
+  Body body = run<float>;
+#if defined(__AVX512BF16__)
+  if (half) body = run<uint16_t>;
+#endif
+  return parallel_for(0, tokens, LANES, body, &job) || job.full;
+#endif
+  return 2;
+}
