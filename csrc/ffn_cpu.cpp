@@ -16,7 +16,9 @@ struct Job {
   Norm norm;
   Weight first, second;
   Result y;
-  bool full;  // memory
+  int64_t tokens;
+  void *tiles, *hidden;  // of all tokens, where there are few
+  bool full;             // memory
 };
 
 // h * Phi(h), to 9e-7 absolute where |h| < 9 (PyTorch's: 1.2e-6). Phi - 1/2 is h times a polynomial
@@ -55,25 +57,61 @@ struct IntoHidden {
 };
 
 template <typename E>
-void run(int64_t begin, int64_t end, void* context) {
+void by_tokens(int64_t begin, int64_t end, void* context) {
   Job& job = *static_cast<Job*>(context);
   static thread_local std::vector<E> memory;
   const int64_t C = job.first.columns, F = job.first.rows;
-  const int64_t chunk = chunk_of((C + F) * sizeof(E));
-  E *tiles, *hidden, *packed;
+  const int64_t chunk = chunk_of(end - begin, (C + F) * sizeof(E));
   try {
-    tiles = aligned(memory, chunk * (C + F) + packed_size<E>(std::max(C, F)));
-    hidden = tiles + chunk * C, packed = hidden + chunk * F;
+    E *tiles = aligned(memory, chunk * (C + F)), *hidden = tiles + chunk * C;
+    for (int64_t token = begin; token < end; token += chunk) {
+      const int64_t count = std::min(chunk, end - token);
+      read(job.x, job.norm, token, count, C, tiles);
+      multiply(job.first, 0, F, tiles, count, IntoHidden<E>{hidden, F});
+      multiply(job.second, 0, C, hidden, count, IntoRows{job.y, C, token, count});
+    }
   } catch (const std::bad_alloc&) {
     job.full = true;
-    return;
   }
-  for (int64_t token = begin; token < end; token += chunk) {
-    const int64_t count = std::min(chunk, end - token);
-    read(job.x, job.norm, token, count, C, tiles);
-    multiply(job.first, tiles, count, packed, IntoHidden<E>{hidden, F});
-    multiply(job.second, hidden, count, packed, IntoRows{job.y, C, token, count});
+}
+
+template <typename E>
+void first_by_channels(int64_t begin, int64_t end, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  try {
+    multiply(job.first, begin * N, end * N, static_cast<E*>(job.tiles), job.tokens,
+             IntoHidden<E>{static_cast<E*>(job.hidden), job.first.rows});
+  } catch (const std::bad_alloc&) {
+    job.full = true;
   }
+}
+
+template <typename E>
+void second_by_channels(int64_t begin, int64_t end, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  try {
+    multiply(job.second, begin * N, end * N, static_cast<E*>(job.hidden), job.tokens,
+             IntoRows{job.y, job.second.rows, 0, job.tokens});
+  } catch (const std::bad_alloc&) {
+    job.full = true;
+  }
+}
+
+template <typename E>
+int32_t forward(Job& job, ParallelFor parallel_for) {
+  if (job.tokens > FEW)
+    return parallel_for(0, job.tokens, LANES, by_tokens<E>, &job) || job.full;
+  static thread_local std::vector<E> memory;
+  const int64_t C = job.first.columns, F = job.first.rows;
+  try {
+    E* tiles = aligned(memory, FEW * (C + F));
+    job.tiles = tiles, job.hidden = tiles + FEW * C;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  read(job.x, job.norm, 0, job.tokens, C, static_cast<E*>(job.tiles));
+  return parallel_for(0, F / N, 4, first_by_channels<E>, &job) ||
+         parallel_for(0, C / N, 4, second_by_channels<E>, &job) || job.full;
 }
 
 #endif
@@ -83,7 +121,7 @@ void run(int64_t begin, int64_t end, void* context) {
 // Whether `uniformer_ffn_fwd` serves a hidden layer of `hidden` channels between two of `channels`:
 // in bf16 where `half`, else in fp32.
 extern "C" int32_t uniformer_ffn_fwd_serves(int64_t channels, int64_t hidden, int32_t half) {
-  return serves({nullptr, nullptr, hidden, channels, half}, half);
+  return serves({nullptr, nullptr, hidden, channels}, half);
 }
 
 // `tokens` rows of x -> as many of y; weights (hidden, channels) and (channels, hidden). Returns 0,
@@ -95,12 +133,11 @@ extern "C" int32_t uniformer_ffn_fwd(
   if (!serves(*first, half) || second->rows != first->columns || second->columns != first->rows)
     return 2;
 #if defined(__AVX512F__)
-  Job job = {*x, *norm, *first, *second, *y, false};
-  Body body = run<float>;
+  Job job = {*x, *norm, *first, *second, *y, tokens, nullptr, nullptr, false};
 #if defined(__AVX512BF16__)
-  if (half) body = run<uint16_t>;
+  if (half) return forward<uint16_t>(job, parallel_for);
 #endif
-  return parallel_for(0, tokens, LANES, body, &job) || job.full;
+  return forward<float>(job, parallel_for);
 #endif
   return 2;
 }

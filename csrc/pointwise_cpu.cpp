@@ -16,27 +16,51 @@ struct Job {
   Norm norm;
   Weight weight;
   Result y;
-  bool full;  // memory
+  int64_t tokens;
+  void* tiles;  // of all tokens, where there are few
+  bool full;    // memory
 };
 
 template <typename E>
-void run(int64_t begin, int64_t end, void* context) {
+void by_tokens(int64_t begin, int64_t end, void* context) {
   Job& job = *static_cast<Job*>(context);
   static thread_local std::vector<E> memory;
-  const int64_t K = job.weight.columns, chunk = chunk_of(K * sizeof(E));
-  E* tiles;
+  const int64_t N = job.weight.rows, K = job.weight.columns, chunk = chunk_of(end - begin, K * sizeof(E));
   try {
-    tiles = aligned(memory, chunk * K + packed_size<E>(K));
+    E* tiles = aligned(memory, chunk * K);
+    for (int64_t token = begin; token < end; token += chunk) {
+      const int64_t count = std::min(chunk, end - token);
+      read(job.x, job.norm, token, count, K, tiles);
+      multiply(job.weight, 0, N, tiles, count, IntoRows{job.y, N, token, count});
+    }
   } catch (const std::bad_alloc&) {
     job.full = true;
-    return;
   }
-  for (int64_t token = begin; token < end; token += chunk) {
-    const int64_t count = std::min(chunk, end - token);
-    read(job.x, job.norm, token, count, K, tiles);
-    multiply(job.weight, tiles, count, tiles + chunk * K,
-             IntoRows{job.y, job.weight.rows, token, count});
+}
+
+template <typename E>
+void by_channels(int64_t begin, int64_t end, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  try {
+    multiply(job.weight, begin * N, end * N, static_cast<E*>(job.tiles), job.tokens,
+             IntoRows{job.y, job.weight.rows, 0, job.tokens});
+  } catch (const std::bad_alloc&) {
+    job.full = true;
   }
+}
+
+template <typename E>
+int32_t forward(Job& job, ParallelFor parallel_for) {
+  if (job.tokens > FEW)
+    return parallel_for(0, job.tokens, LANES, by_tokens<E>, &job) || job.full;
+  static thread_local std::vector<E> memory;
+  try {
+    job.tiles = aligned(memory, FEW * job.weight.columns);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  read(job.x, job.norm, 0, job.tokens, job.weight.columns, static_cast<E*>(job.tiles));
+  return parallel_for(0, job.weight.rows / N, 4, by_channels<E>, &job) || job.full;
 }
 
 #endif
@@ -45,7 +69,7 @@ void run(int64_t begin, int64_t end, void* context) {
 
 // Whether `uniformer_pointwise_fwd` serves such a product: in bf16 where `half`, else in fp32.
 extern "C" int32_t uniformer_pointwise_fwd_serves(int64_t rows, int64_t columns, int32_t half) {
-  return serves({nullptr, nullptr, rows, columns, half}, half);
+  return serves({nullptr, nullptr, rows, columns}, half);
 }
 
 // `tokens` rows of x -> as many of y. Returns 0, 1 where memory ran out, 2 for what it does not
@@ -56,12 +80,11 @@ extern "C" int32_t uniformer_pointwise_fwd(
     [[maybe_unused]] ParallelFor parallel_for) {
   if (!serves(*weight, half)) return 2;
 #if defined(__AVX512F__)
-  Job job = {*x, *norm, *weight, *y, false};
-  Body body = run<float>;
+  Job job = {*x, *norm, *weight, *y, tokens, nullptr, false};
 #if defined(__AVX512BF16__)
-  if (half) body = run<uint16_t>;
+  if (half) return forward<uint16_t>(job, parallel_for);
 #endif
-  return parallel_for(0, tokens, LANES, body, &job) || job.full;
+  return forward<float>(job, parallel_for);
 #endif
   return 2;
 }

@@ -31,12 +31,12 @@ struct Norm {
   float eps;
 };
 
-// A product's weight (rows, columns), contiguous, and its bias (rows) or null.
+// A product's weight (rows, columns), contiguous and of the dtype that it is made in, and its bias
+// (rows) or null.
 struct Weight {
   const void* data;
   const float* bias;
   int64_t rows, columns;
-  int32_t half;
 };
 
 struct Result {
@@ -61,9 +61,13 @@ constexpr int TILE = VECTORS * LANES;  // tokens
 constexpr int64_t CHAIN = 128;         // products added one after another: 320 err 2 to 3 times as much
 constexpr int64_t CACHE = 640 << 10;   // bytes of a chunk, of 1 MB at the second level
 constexpr int64_t CHUNK = 4 * TILE;    // tokens, at most: more make weights no cheaper
+constexpr int64_t FEW = TILE;          // tokens whose products are shared out by channels
 
-inline int64_t chunk_of(int64_t bytes_of_token) {
-  return std::clamp<int64_t>(CACHE / bytes_of_token / TILE * TILE, TILE, CHUNK);
+// How many of `tokens` make a chunk: chunks alike, and few, since each reads all weights.
+inline int64_t chunk_of(int64_t tokens, int64_t bytes_of_token) {
+  const int64_t most = std::clamp<int64_t>(CACHE / bytes_of_token / TILE * TILE, TILE, CHUNK);
+  const int64_t chunks = std::max<int64_t>((tokens + most / 4) / most, 1);
+  return tiles_of(tiles_of(tokens, chunks), LANES) * LANES;
 }
 
 // 16 channels of a row in fp32, as many as `left` says.
@@ -176,26 +180,18 @@ void read(const Rows& x, const Norm& norm, int64_t first, int64_t count, int64_t
 
 // --- Products --------------------------------------------------------------------------
 
-// N rows of a weight from n on, as E, `stride` apart: where they lie, or copied to `memory` where
-// they are of another dtype, or at distances at which they would oust each other from the cache.
+// N rows of a weight from n on, `stride` apart: where they lie, or copied to `memory` where they
+// would oust each other from the cache.
 template <typename E>
-const E* rows_of(const Weight& weight, int64_t n, E* memory, int64_t& stride) {
+const E* rows_of(const Weight& weight, int64_t n, std::vector<E>& memory, int64_t& stride) {
   const int64_t K = weight.columns;
-  if (weight.half == (GROUP<E> == 2) && K * sizeof(E) % 4096 != 0) {
-    stride = K;
-    return static_cast<const E*>(weight.data) + n * K;
-  }
-  stride = tiles_of(K, 32) * 32 + 32;
-  const Rows rows = {weight.data, K, weight.half};
-  for (int64_t r = 0; r < N; ++r)
-    for (int64_t c = 0; c < K; c += LANES)  // beyond K into the gap
-      store(memory + r * stride + c, load(rows, n + r, c, K - c));
-  return memory;
-}
-
-template <typename E>
-int64_t packed_size(int64_t K) {
-  return N * (tiles_of(K, 32) * 32 + 32);
+  const E* rows = static_cast<const E*>(weight.data) + n * K;
+  stride = K;
+  if (K * sizeof(E) % 4096 != 0) return rows;
+  stride = K + 2 * LANES;
+  E* copied = aligned(memory, N * stride);
+  for (int64_t r = 0; r < N; ++r) std::copy(rows + r * K, rows + (r + 1) * K, copied + r * stride);
+  return copied;
 }
 
 // Sums of V vectors of tokens for N rows of a weight.
@@ -219,15 +215,17 @@ inline __attribute__((always_inline)) void sums_of(
   }
 }
 
-// Calls finish(n, first, sums) with the sums of N rows of the weight from n on for the vectors of
-// each tile of tokens, that from `first` on.
+// Calls finish(n, first, sums) with the sums of N rows of the weight from n on, of those from
+// `begin` to `end`, for the vectors of each tile of tokens, that from `first` on.
 template <typename E, typename Finish>
 void multiply(
-    const Weight& weight, const E* tiles, int64_t count, E* packed, const Finish& finish) {
+    const Weight& weight, int64_t begin, int64_t end, const E* tiles, int64_t count,
+    const Finish& finish) {
+  static thread_local std::vector<E> memory;
   const int64_t K = weight.columns;
-  for (int64_t n = 0; n < weight.rows; n += N) {
+  for (int64_t n = begin; n < end; n += N) {
     int64_t stride;
-    const E* rows = rows_of(weight, n, packed, stride);
+    const E* rows = rows_of(weight, n, memory, stride);
     const float* bias = weight.bias ? weight.bias + n : nullptr;
     for (int64_t first = 0; first < count; first += TILE)
       with_vectors<VECTORS>(tiles_of(count - first, LANES), [&](auto V) {

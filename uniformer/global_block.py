@@ -58,11 +58,13 @@ class GlobalBlock(nn.Module):
         """The same on operators that do more at a time."""
         shape, tokens = x.shape, self.pos_embed(x).flatten(1, -2)
         attn, fc1, fc2 = self.attn, self.mlp.fc1, self.mlp.fc2
-        qkv = pointwise(tokens, attn.qkv.weight, attn.qkv.bias, norm=_norm(self.norm1))
-        context = attention(qkv, attn.num_heads, attn.scale, attn.dropout())
+        # Nested, for what has been read to be given back: without gradients its memory is used again.
         tokens = pointwise(
-            context, attn.proj.weight, attn.proj.bias, scale=self.drop_path.draw(tokens),
-            residual=tokens,
+            attention(
+                pointwise(tokens, attn.qkv.weight, attn.qkv.bias, norm=_norm(self.norm1)),
+                attn.num_heads, attn.scale, attn.dropout(),
+            ),
+            attn.proj.weight, attn.proj.bias, scale=self.drop_path.draw(tokens), residual=tokens,
         )  # fmt: skip
         tokens = ffn(
             tokens, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm=_norm(self.norm2),

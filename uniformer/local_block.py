@@ -2,9 +2,8 @@
 
 Plain PyTorch reads and writes the activation some thirty times in a block; on a GPU this one does
 so eleven times forward, by count. Statistics of a BatchNorm are taken by the operator that writes
-its input, and applied by the one that reads it; in eval mode it is folded into the weights behind
-it. Drop path and residual are the last step of the product before them. The hidden layer of the
-FFN is never stored.
+its input, and applied by the one that reads it, as running ones are in eval mode. Drop path and
+residual are the last step of the product before them. The hidden layer of the FFN is never stored.
 
 Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
 """
@@ -35,7 +34,6 @@ from uniformer_kernels import (
     ffn,
     pointwise,
     pointwise_stats,
-    product_dtype,
     sync_stats,
 )
 
@@ -86,18 +84,19 @@ class LocalBlock(nn.Module):
     def fused(self, x: Tensor) -> Tensor:
         """The same on operators that pass on what the next one needs."""
         x, stats = self._dpe(x)
-        norm, weight, bias = _normed(self.norm1, self.conv1, stats, x)
-        value = pointwise(x, weight, bias, norm=norm)
-        context = dwconv3d(value, self.attn.weight, self.attn.bias)
+        conv1, conv2, fc1, fc2 = self.conv1, self.conv2, self.mlp.fc1, self.mlp.fc2
         run = pointwise_stats if _of_batch(self.norm2) else _without(pointwise)
+        # Nested, for what has been read to be given back: without gradients its memory is used again.
         x, stats = run(
-            context, self.conv2.weight, self.conv2.bias, scale=self.drop_path.draw(x), residual=x
-        )
-        norm, weight, bias = _normed(self.norm2, self.mlp.fc1, stats, x)
-        fc2 = self.mlp.fc2
+            dwconv3d(
+                pointwise(x, conv1.weight, conv1.bias, norm=_norm(self.norm1, stats, x)),
+                self.attn.weight, self.attn.bias,
+            ),
+            conv2.weight, conv2.bias, scale=self.drop_path.draw(x), residual=x,
+        )  # fmt: skip
         return ffn(
-            x, weight, bias, fc2.weight, fc2.bias, norm=norm, scale=self.drop_path.draw(x),
-            residual=True,
+            x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm=_norm(self.norm2, stats, x),
+            scale=self.drop_path.draw(x), residual=True,
         )  # fmt: skip
 
     def _dpe(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -118,16 +117,12 @@ def _of_batch(norm: nn.Module) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _normed(
-    norm: Any, conv: Any, stats: Tensor | None, x: Tensor
-) -> tuple[Norm | None, Tensor, Tensor | None]:
-    """The norm to apply before `conv`, and the weight and bias of that."""
+def _norm(norm: Any, stats: Tensor | None, x: Tensor) -> Norm:
+    """The norm as the operator that reads x is to apply it: x's own statistics, or running ones."""
     if stats is not None:
-        return _from_batch(norm, stats, x), conv.weight, conv.bias
-    if product_dtype(x).itemsize == 2:  # x itself may be too far from its mean to be rounded
-        running = torch.stack([norm.running_mean, norm.running_var])
-        return Norm(running, norm.weight, norm.bias, norm.eps, False), conv.weight, conv.bias
-    return None, *_folded(norm, conv)
+        return _from_batch(norm, stats, x)
+    running = torch.stack([norm.running_mean, norm.running_var])
+    return Norm(running, norm.weight, norm.bias, norm.eps, False)
 
 
 def _from_batch(norm: Any, stats: Tensor, x: Tensor) -> Norm:
@@ -165,21 +160,3 @@ def _update(norm: Any, stats: Tensor, rows: int) -> None:
     momentum = 0.0 if momentum is None else momentum
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
     norm.running_var.lerp_((var * (rows / (rows - 1))).to(norm.running_var.dtype), momentum)
-
-
-def _folded(norm: Any, conv: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of conv(norm(x)), norm with its running statistics.
-
-    Made anew in every pass, a handful of operations on small matrices: whether a parameter has
-    changed cannot be known for sure, since writes through `.data` or numpy leave no trace.
-    """
-    device = conv.weight.device.type
-    known = torch.amp.is_autocast_available(device)  # not of meta tensors
-    with torch.autocast(device if known else "cpu", enabled=False):  # to be rounded later, if so
-        factor = (norm.running_var + norm.eps).rsqrt()
-        factor = factor if norm.weight is None else factor * norm.weight
-        shift = -norm.running_mean * factor
-        shift = shift if norm.bias is None else shift + norm.bias
-        weight = conv.weight.flatten(1)
-        bias = weight @ shift
-        return weight * factor, bias if conv.bias is None else bias + conv.bias

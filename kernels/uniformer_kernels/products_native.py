@@ -15,7 +15,7 @@ from uniformer_kernels._runtime import library
 __all__ = ["ffn", "pointwise", "serves"]
 
 HALF = {torch.float32: False, torch.bfloat16: True}  # dtypes that the kernels read and write
-FEWEST = 32  # rows: of fewer, most of their vectors of 16 would be empty, or of threads idle
+FEWEST = 1  # rows: of fewer, most of their vectors of 16 would be empty, or of threads idle
 
 
 class _Rows(ctypes.Structure):
@@ -38,7 +38,7 @@ class _Norm(ctypes.Structure):
 class _Weight(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64), ("half", ctypes.c_int32),
+        ("columns", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -90,10 +90,10 @@ class _Arguments:
         factor = self.floats(gamma if norm.rstd is None else norm.rstd * gamma)
         return _Norm(mean, factor, beta, norm.eps)
 
-    def weight(self, weight: Tensor, bias: Tensor | None) -> _Weight:
-        weight = weight.contiguous()
+    def weight(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> _Weight:
+        weight = weight.to(dtype).contiguous()
         self.keep(weight)
-        return _Weight(weight.data_ptr(), self.floats(bias), *weight.shape, HALF[weight.dtype])
+        return _Weight(weight.data_ptr(), self.floats(bias), *weight.shape)
 
     def result(self, y: Tensor, residual: Tensor | None, scale: Tensor | None) -> _Result:
         clip = len(y) if scale is None else len(y) // len(scale)
@@ -110,7 +110,7 @@ def pointwise(
     y = x.new_empty(len(x), len(weight), dtype=dtype if residual is None else residual.dtype)
     c, ref = _Arguments(), ctypes.byref
     code = library("native").uniformer_pointwise_fwd(
-        ref(c.rows(x)), ref(c.norm(norm)), ref(c.weight(weight, bias)),
+        ref(c.rows(x)), ref(c.norm(norm)), ref(c.weight(weight, bias, dtype)),
         ref(c.result(y, residual, scale)), ctypes.c_int64(len(x)), ctypes.c_int32(HALF[dtype]),
         _runtime.parallel_for(),
     )  # fmt: skip
@@ -126,7 +126,7 @@ def ffn(
     y = x.new_empty(len(x), len(w2), dtype=x.dtype if residual else dtype)
     c, ref = _Arguments(), ctypes.byref
     code = library("native").uniformer_ffn_fwd(
-        ref(c.rows(x)), ref(c.norm(norm)), ref(c.weight(w1, b1)), ref(c.weight(w2, b2)),
+        ref(c.rows(x)), ref(c.norm(norm)), ref(c.weight(w1, b1, dtype)), ref(c.weight(w2, b2, dtype)),
         ref(c.result(y, x if residual else None, scale)), ctypes.c_int64(len(x)),
         ctypes.c_int32(HALF[dtype]), _runtime.parallel_for(),
     )  # fmt: skip
