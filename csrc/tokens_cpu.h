@@ -194,16 +194,29 @@ const E* rows_of(const Weight& weight, int64_t n, std::vector<E>& memory, int64_
   return copied;
 }
 
-// Sums of V vectors of tokens for N rows of a weight.
+// Sums of V vectors of tokens for N rows of a weight, and last the bias, whose size would cost the
+// smaller ones digits.
 template <int V, typename E>
 inline __attribute__((always_inline)) void sums_of(
     const E* rows, int64_t stride, const float* bias, const E* tile, int64_t K,
     __m512 (&sums)[N][V]) {
+  const auto start = [&](int r) { return _mm512_set1_ps(bias ? bias[r] : 0.0f); };
+  if (K <= CHAIN) {
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] = _mm512_setzero_ps();
+    products<N, V>(rows, stride, tile, K / GROUP<E>, sums);
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] = _mm512_add_ps(sums[r][v], start(r));
+    return;
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < N; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[r][v] = _mm512_set1_ps(bias ? bias[r] : 0.0f);
-  if (K <= CHAIN) return products<N, V>(rows, stride, tile, K / GROUP<E>, sums);
+    for (int v = 0; v < V; ++v) sums[r][v] = start(r);
   for (int64_t k = 0; k < K; k += CHAIN) {
     __m512 part[N][V] = {};
     products<N, V>(

@@ -415,7 +415,7 @@ def test_the_slow_path_is_announced_once(monkeypatch, device, caplog):
     for _ in range(2):
         dwconv3d(*leaves).sum().backward()
     (record,) = caplog.records
-    assert "plain PyTorch, slower than it could" in record.message
+    assert "PyTorch's own operators, slower than it could" in record.message
     assert "today" in record.message
 
 

@@ -33,14 +33,15 @@ def test_runs_of_the_cpu_forward_meet_without_a_seam(shape, kernel, dtype):
     torch.testing.assert_close(mirrored.double(), want, rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("C", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_cpu_forward_rounds_as_pytorch_does(dtype):
+def test_the_cpu_forward_rounds_as_pytorch_does(dtype, C):
     """One tap, so that y is x + bias in fp32, rounded once; ties among them."""
-    x = torch.randn(1, 1, 8, 7, 16).to(dtype)
+    x = torch.randn(1, 1, 8, 7, C).to(dtype)
     x[0, 0, 0, 0, :4] = torch.tensor([math.nan, math.inf, -math.inf, 3.3e38])
-    weight = torch.zeros(16, 1, 1, 1, 3)
+    weight = torch.zeros(C, 1, 1, 1, 3)
     weight[..., 1] = 1
-    bias = torch.finfo(dtype).eps / 2 * torch.arange(16)
+    bias = torch.finfo(dtype).eps / 2 * torch.arange(C)
     got = dwconv3d_native.fwd_cpu(x, weight, bias, False)
     want = (x.float() + bias).to(dtype)
     nothing = x.new_zeros(()) * x[0, 0, 0, 0]  # the taps of zero next to what is no number
@@ -48,14 +49,30 @@ def test_the_cpu_forward_rounds_as_pytorch_does(dtype):
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-def test_the_cpu_forward_serves_what_it_was_measured_on():
-    def wins(shape, k, dtype=torch.float32, residual=False):
-        return dwconv3d_native.wins_cpu(torch.empty(shape, dtype=dtype), (k, k, k), residual)
+@pytest.mark.parametrize("dtype", dwconv3d_native.DTYPES, ids=str)
+@pytest.mark.parametrize("kw", [3, 5])
+def test_rows_of_every_width(kw, dtype):
+    """Whole rows, runs side by side, and runs that overlap at the end; channels one by one and, in
+    bf16, in pairs of taps."""
+    for width in (*range(1, 26), 28, 29, 43, 56):
+        for C in (16, 32):
+            x, weight = torch.randn(1, 1, 2, width, C).to(dtype), torch.randn(C, 1, 1, 3, kw)
+            got = dwconv3d_native.fwd_cpu(x, weight.to(dtype), None, False)
+            want = dwconv3d_ref(x.double(), weight.to(dtype).double())
+            bound = 2e-6 * want.abs().max() + torch.finfo(dtype).eps * want.abs()
+            assert ((got - want).abs() <= bound).all(), (width, C)
 
-    assert wins((1, 8, 56, 56, 64), 5)
-    assert wins((1, 8, 56, 56, 64), 3, torch.float16)
-    assert wins((1, 8, 14, 14, 320), 3, residual=True)
-    assert not wins((1, 8, 14, 14, 320), 3)
-    assert not wins((1, 8, 56, 56, 64), 5, torch.bfloat16)
-    assert not wins((1, 8, 11, 11, 64), 5)  # a row is no whole number of runs
-    assert not wins((1, 2, 7, 7, 20), 3)  # nor its channels of vectors
+
+def test_what_the_cpu_forward_serves():
+    def serves(shape, k, dtype=torch.float32):
+        x = torch.empty(shape, dtype=dtype)
+        return bool(dwconv3d_native.serves_cpu(x, (k, k, k)))
+
+    for dtype in (torch.bfloat16, torch.float16):
+        assert serves((1, 8, 56, 56, 64), 5, dtype)
+        assert serves((1, 8, 11, 1, 64), 3, dtype)
+    assert serves((1, 8, 56, 56, 64), 5) == serves((1, 8, 14, 14, 320), 3)  # with AVX-512
+    assert not serves((1, 8, 7, 7, 64), 7, torch.bfloat16)
+    assert not serves((1, 2, 7, 7, 20), 3, torch.bfloat16)  # no whole number of vectors
+    across = torch.empty(1, 64, 8, 7, 7, dtype=torch.bfloat16).permute(0, 2, 3, 4, 1)
+    assert not dwconv3d_native.serves_cpu(across, (3, 3, 3))

@@ -5,15 +5,24 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.check import assert_matches
-from uniformer_kernels import Norm, backend, channel_stats, pointwise, pointwise_stats
+from uniformer_kernels import (
+    Norm,
+    backend,
+    channel_stats,
+    pointwise,
+    pointwise_stats,
+    products_native,
+)
 from uniformer_kernels.pointwise import _bwd, _fwd, pointwise_ref
 
 GPU = torch.cuda.is_available()
 
 
-@pytest.fixture(params=["auto", "triton"])
-def chosen(request):
-    with backend(request.param):
+@pytest.fixture(params=["auto", "chunked", "triton"])
+def chosen(request, monkeypatch):
+    if request.param == "chunked":  # as where there is no compiler
+        monkeypatch.setattr(products_native, "serves", lambda *_: False)
+    with backend("triton" if request.param == "triton" else "auto"):
         yield request.param
 
 

@@ -62,8 +62,8 @@ def _bwd_ref(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[
 def _fwd_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool = False
 ) -> Tensor:
-    """In C++ or by PyTorch's channels-last convolution, whichever is faster."""
-    if dwconv3d_native.wins_cpu(x, weight.shape[2:], residual):
+    """In C++, or by PyTorch's channels-last convolution what that does not serve."""
+    if dwconv3d_native.serves_cpu(x, weight.shape[2:]):
         return dwconv3d_native.fwd_cpu(x, weight, bias, residual, mirror)
     dtype = x.dtype
     # In fp16 PyTorch is a hundred times slower; of one channel it returned what lay around.

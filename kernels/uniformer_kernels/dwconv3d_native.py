@@ -19,28 +19,25 @@ __all__ = [
     "bwd_weight_cuda",
     "fwd_cpu",
     "fwd_cuda",
+    "serves_cpu",
     "why_not_cuda",
-    "wins_cpu",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the C interface
 VECTOR = 16  # bytes that the CUDA kernels load at a time
 
 
-def wins_cpu(x: Tensor, kernel: Sequence[int], residual: bool) -> bool:
-    """Whether `fwd_cpu` serves x and is faster than PyTorch's channels-last convolution.
+def serves_cpu(x: Tensor, kernel: Sequence[int]) -> bool:
+    """Whether `fwd_cpu` takes x: channels side by side, a multiple of 16, kernels 3 or 5
+    wide, in fp32 with AVX-512.
 
-    Measured on two threads with AVX-512 (`benchmarks/bench_dwconv3d.py`): 1.1-1.2x for 5x5x5 in
-    fp32; 20x and more in fp16, for which PyTorch has no vectors there; and wherever PyTorch's 35 us
-    a call, or its pass of its own for the residual, are a good part of the whole.
+    It is then the faster one: 1.1 times and more as fast as PyTorch's channels-last convolution on
+    two threads with AVX-512, 15 times and more in fp16 (`benchmarks/bench_dwconv3d.py`).
     """
-    if x.stride(4) != 1 or not library("native").uniformer_dwconv3d_fwd_serves(
-        ctypes.c_int64(x.shape[3]), ctypes.c_int64(x.shape[4]), ctypes.c_int64(kernel[2])
-    ):
-        return False
-    if x.dtype == torch.float16 or (x.dtype == torch.float32 and kernel[2] == 5):
-        return True
-    return x.numel() * math.prod(kernel) <= (16_000_000 if residual else 8_000_000)
+    return x.stride(4) == 1 and library("native").uniformer_dwconv3d_fwd_serves(
+        ctypes.c_int64(x.shape[3]), ctypes.c_int64(x.shape[4]), ctypes.c_int64(kernel[2]),
+        ctypes.c_int32(DTYPES.index(x.dtype)),
+    )  # fmt: skip
 
 
 def fwd_cpu(
@@ -58,7 +55,7 @@ def fwd_cpu(
     )  # fmt: skip
     if code == 2:
         raise ValueError(
-            f"rows of {x.shape[3]} x {x.shape[4]} channels are not served; see wins_cpu"
+            f"rows of {x.shape[3]} x {x.shape[4]} channels are not served; see serves_cpu"
         )
     if code:
         raise MemoryError(f"no memory to pack a {tuple(weight.shape)} weight")

@@ -48,9 +48,7 @@ __all__ = ["ffn", "ffn_ref"]
 
 WIDEST = 128  # channels of which a tile of rows and both matrices' tiles fit a GPU's registers
 
-_runtime.register(
-    "ffn", {"cuda": ("triton", "chunked"), "cpu": ("native", "chunked", "triton")}
-)
+_runtime.register("ffn", {"cuda": ("triton", "chunked"), "cpu": ("native", "chunked", "triton")})
 _triton = partial(_runtime.triton_kernels, "ffn")
 
 
