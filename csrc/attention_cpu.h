@@ -1,11 +1,9 @@
-// What the two CPU kernels of attention share: heads that they serve, rows packed for products, and
-// the exponential.
+// What the two CPU kernels of attention share: heads that they serve, and rows packed for products.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 
 #include "product_cpu.h"
 
@@ -23,7 +21,6 @@ inline bool serves(int64_t d, int64_t bytes) {
 
 constexpr int ROWS = 6;          // 6 x 4 vectors of sums, 4 of the packed factor, of 32 registers
 constexpr int STEP = 4 * LANES;  // columns that share a pass over the groups
-constexpr float LOG2E = 1.44269504f;
 template <typename E>
 constexpr E ZEROS[WIDEST] = {};  // a row where there is none
 
@@ -72,17 +69,6 @@ inline void accumulate(
       float* at = out + (r * V + v) * LANES;
       store(at, onto ? _mm512_add_ps(load(at), sums[r][v]) : sums[r][v]);
     }
-}
-
-// e^x for x <= 0, to 2e-7; NaN stays.
-inline __m512 exp(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_mul_ps(x, _mm512_set1_ps(LOG2E)));
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, n);
-  __m512 y = _mm512_set1_ps(1.32647273e-3f);  // of its degree the one that errs least
-  for (float c : {9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.0f})
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(y, n);
 }
 
 #endif

@@ -4,6 +4,7 @@
 //
 // The hidden layer of a chunk of tokens stays in the cache. The exact GELU is made of sums that are
 // still in registers, by a polynomial, where PyTorch's takes a pass of its own and an exponential.
+// Backward the library makes the products; GELU and its gradient are here, in one pass.
 
 #include "tokens_cpu.h"
 
@@ -21,9 +22,9 @@ struct Job {
   bool full;             // memory
 };
 
-// h * Phi(h), to 9e-7 absolute where |h| < 9 (PyTorch's: 1.2e-6). Phi - 1/2 is h times a polynomial
-// in h^2, of its degree the one that errs least, up to |h| = EDGE, where it is within 1e-7 of 1/2.
-inline __m512 gelu(__m512 h) {
+// The normal distribution, Phi(h), to 1e-7. Phi - 1/2 is h times a polynomial in h^2, of its degree
+// the one that errs least, up to |h| = EDGE, where it is within 1e-7 of 1/2.
+inline __m512 normal(__m512 h) {
   constexpr float EDGE = 5.37401154f;
   const __m512 edge = _mm512_set1_ps(EDGE), minus_edge = _mm512_set1_ps(-EDGE);
   const __m512 near = _mm512_max_ps(minus_edge, _mm512_min_ps(edge, h));  // NaN stays
@@ -35,8 +36,11 @@ inline __m512 gelu(__m512 h) {
                   0.0321142126f, -0.0393100377f, 0.0486982731f, -0.0656340761f, 0.131559911f})
     p = _mm512_fmadd_ps(p, u, _mm512_set1_ps(c));
   const __mmask16 above = _mm512_cmp_ps_mask(h, minus_edge, _CMP_NLE_UQ);
-  return _mm512_mul_ps(h, _mm512_maskz_fmadd_ps(above, near, p, _mm512_set1_ps(0.5f)));
+  return _mm512_maskz_fmadd_ps(above, near, p, _mm512_set1_ps(0.5f));
 }
+
+// To 9e-7 where |h| < 9; PyTorch's to 1.2e-6.
+inline __m512 gelu(__m512 h) { return _mm512_mul_ps(h, normal(h)); }
 
 // What `multiply` is to do with sums that are the hidden layer's: tiles for the next product.
 template <typename E>
@@ -114,6 +118,33 @@ int32_t forward(Job& job, ParallelFor parallel_for) {
          parallel_for(0, C / N, 4, second_by_channels<E>, &job) || job.full;
 }
 
+// --- Backward --------------------------------------------------------------------------
+
+struct Slope {
+  void *h, *dh;
+};
+
+template <typename E>
+void slope(int64_t begin, int64_t end, void* context) {
+  const Slope& job = *static_cast<Slope*>(context);
+  E *h = static_cast<E*>(job.h), *dh = static_cast<E*>(job.dh);
+  const __m512 minus_half = _mm512_set1_ps(-0.5f), peak = _mm512_set1_ps(0.398942280f);
+  const auto step = [&](E* at, E* gradient) {
+    const __m512 x = load(at), phi = normal(x);
+    const __m512 density = exp(_mm512_mul_ps(_mm512_mul_ps(x, x), minus_half));
+    const __m512 rate = _mm512_fmadd_ps(_mm512_mul_ps(x, peak), density, phi);
+    store(gradient, _mm512_mul_ps(load(gradient), rate));
+    store(at, _mm512_mul_ps(x, phi));
+  };
+  for (; begin + LANES <= end; begin += LANES) step(h + begin, dh + begin);
+  if (begin == end) return;
+  E rest[2][LANES] = {};  // fewer than a vector
+  std::copy(h + begin, h + end, rest[0]), std::copy(dh + begin, dh + end, rest[1]);
+  step(rest[0], rest[1]);
+  std::copy(rest[0], rest[0] + (end - begin), h + begin);
+  std::copy(rest[1], rest[1] + (end - begin), dh + begin);
+}
+
 #endif
 
 }  // namespace
@@ -138,6 +169,22 @@ extern "C" int32_t uniformer_ffn_fwd(
   if (half) return forward<uint16_t>(job, parallel_for);
 #endif
   return forward<float>(job, parallel_for);
+#endif
+  return 2;
+}
+
+// The hidden layer's `size` sums h become GELU(h), and the gradients dh of the latter those of h.
+// Both contiguous, in bf16 where `half`, else in fp32. Returns as above.
+extern "C" int32_t uniformer_gelu_bwd(
+    [[maybe_unused]] void* h, [[maybe_unused]] void* dh, [[maybe_unused]] int64_t size,
+    int32_t half, [[maybe_unused]] ParallelFor parallel_for) {
+  if (!has_products(half ? 2 : 4)) return 2;
+#if defined(__AVX512F__)
+  Slope job = {h, dh};
+#if defined(__AVX512BF16__)
+  if (half) return parallel_for(0, size, 4096, slope<uint16_t>, &job);
+#endif
+  return parallel_for(0, size, 4096, slope<float>, &job);
 #endif
   return 2;
 }

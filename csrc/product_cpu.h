@@ -1,5 +1,5 @@
 // What the CPU kernels on matrix products share: vectors and products of E, which is float or bf16
-// (uint16_t).
+// (uint16_t), and the exponential.
 //
 // An instruction adds to each of 16 sums in fp32 as many products as 4 bytes have factors: GROUP,
 // two of bf16 or one of fp32. One factor is read by rows, groups side by side along the axis of the
@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 #include <vector>
 
@@ -38,6 +39,7 @@ inline bool has_products([[maybe_unused]] int64_t bytes) {
 #if defined(__AVX512F__)
 
 constexpr int LANES = 16;
+constexpr float LOG2E = 1.44269504f;
 template <typename E>
 constexpr int GROUP = 4 / sizeof(E);
 
@@ -139,6 +141,17 @@ inline __attribute__((always_inline)) void products(
       for (int v = 0; v < V; ++v) sums[r][v] = add_products(sums[r][v], left, right[v]);
     }
   }
+}
+
+// e^x for x <= 0, to 2e-7; NaN stays.
+inline __m512 exp(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_mul_ps(x, _mm512_set1_ps(LOG2E)));
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, n);
+  __m512 y = _mm512_set1_ps(1.32647273e-3f);  // of its degree the one that errs least
+  for (float c : {9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.0f})
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(y, n);
 }
 
 // Calls `function` with the number of vectors, at most MOST, as a constant.

@@ -169,6 +169,21 @@ def test_gelu_from_end_to_end(dtype, counted):
 
 
 @NATIVE
+def test_the_slope_of_gelu(dtype):
+    """More elements than a thread has in one go, the last of them no whole vector."""
+    h = torch.cat([torch.linspace(-9, 9, 9001), torch.tensor([-1e30, -40.0, 40.0, 1e30, 0.0, 1.0])])
+    h, dy = h.to(dtype), torch.randn(len(h)).to(dtype)
+    wide = h.double().requires_grad_()
+    want_y = F.gelu(wide)
+    (want,) = torch.autograd.grad(want_y, wide, dy.double())
+    y, dh = h.clone(), dy.clone()
+    assert products_native.gelu_bwd_(y, dh)
+    eps = torch.finfo(dtype).eps
+    assert ((y - want_y).abs() <= 1e-6 + eps * want_y.abs()).all()
+    assert ((dh - want).abs() <= 1e-6 * dy.abs() + eps * want.abs()).all()
+
+
+@NATIVE
 @pytest.mark.parametrize("tokens", [40, 500])
 def test_threads_do_not_change_a_bit(dtype, tokens, counted):
     x, weight = torch.randn(tokens, 320).to(dtype), torch.randn(640, 320).to(dtype)

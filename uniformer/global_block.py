@@ -58,7 +58,7 @@ class GlobalBlock(nn.Module):
         """The same on operators that do more at a time."""
         shape, tokens = x.shape, self.pos_embed(x).flatten(1, -2)
         attn, fc1, fc2 = self.attn, self.mlp.fc1, self.mlp.fc2
-        # Nested, for what has been read to be given back: without gradients its memory is used again.
+        # Nested, so that without gradients the memory of what has been read is used again.
         tokens = pointwise(
             attention(
                 pointwise(tokens, attn.qkv.weight, attn.qkv.bias, norm=_norm(self.norm1)),

@@ -86,7 +86,7 @@ class LocalBlock(nn.Module):
         x, stats = self._dpe(x)
         conv1, conv2, fc1, fc2 = self.conv1, self.conv2, self.mlp.fc1, self.mlp.fc2
         run = pointwise_stats if _of_batch(self.norm2) else _without(pointwise)
-        # Nested, for what has been read to be given back: without gradients its memory is used again.
+        # Nested, so that without gradients the memory of what has been read is used again.
         x, stats = run(
             dwconv3d(
                 pointwise(x, conv1.weight, conv1.bias, norm=_norm(self.norm1, stats, x)),

@@ -107,14 +107,16 @@ def _bwd_chunked(
     hidden, slope, buffer = (chunks.buffer(width) for width in (len(w1), len(w1), x.shape[1]))
     for rows, xhat in chunks:
         d = chunks.gradient(dy[rows], some(scale, rows))
-        h = product(xhat, c1.t(), bias, hidden)
+        a = product(xhat, c1.t(), bias, hidden)
         dh = product(d, c2, None, slope)
-        torch.ops.aten.gelu_backward.grad_input(dh, h, grad_input=dh)
+        if not products_native.gelu_bwd_(a, dh):
+            torch.ops.aten.gelu_backward.grad_input(dh, a, grad_input=dh)
+            torch.ops.aten.gelu_(a)
         if with_dw or norm is not None:
             accumulate(G, dh.t(), xhat)
             db1 += dh.sum(0, dtype=exact)
         if with_dw:
-            accumulate(dw2, d.t(), torch.ops.aten.gelu_(h))
+            accumulate(dw2, d.t(), a)
             db2 += d.sum(0, dtype=exact)
         if chunks.per_row:
             g = chunks.through_rows(rows, product(dh, c1, None, buffer))

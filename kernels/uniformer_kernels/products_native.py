@@ -1,4 +1,5 @@
-"""The C++ forwards of `pointwise` and `ffn`, `csrc/pointwise_cpu.cpp` and `csrc/ffn_cpu.cpp`.
+"""The C++ of `pointwise` and `ffn`, `csrc/pointwise_cpu.cpp` and `csrc/ffn_cpu.cpp`: forwards, and
+the gradient of GELU.
 
 Shapes: M rows (B * T * H * W), K channels in, N channels out; C and F of the FFN.
 """
@@ -12,7 +13,7 @@ from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Prologue
 from uniformer_kernels._runtime import library
 
-__all__ = ["ffn", "pointwise", "serves"]
+__all__ = ["ffn", "gelu_bwd_", "pointwise", "serves"]
 
 HALF = {torch.float32: False, torch.bfloat16: True}  # dtypes that the kernels read and write
 FEWEST = 1  # rows: of fewer, most of their vectors of 16 would be empty, or of threads idle
@@ -126,12 +127,26 @@ def ffn(
     y = x.new_empty(len(x), len(w2), dtype=x.dtype if residual else dtype)
     c, ref = _Arguments(), ctypes.byref
     code = library("native").uniformer_ffn_fwd(
-        ref(c.rows(x)), ref(c.norm(norm)), ref(c.weight(w1, b1, dtype)), ref(c.weight(w2, b2, dtype)),
-        ref(c.result(y, x if residual else None, scale)), ctypes.c_int64(len(x)),
-        ctypes.c_int32(HALF[dtype]), _runtime.parallel_for(),
+        ref(c.rows(x)), ref(c.norm(norm)), ref(c.weight(w1, b1, dtype)),
+        ref(c.weight(w2, b2, dtype)), ref(c.result(y, x if residual else None, scale)),
+        ctypes.c_int64(len(x)), ctypes.c_int32(HALF[dtype]), _runtime.parallel_for(),
     )  # fmt: skip
     _check(code, x)
     return y
+
+
+def gelu_bwd_(h: Tensor, dh: Tensor) -> bool:
+    """Of the same chunk h becomes gelu(h), and the gradient dh of that the gradient of h, in place.
+
+    Both contiguous. Returns whether it was done: it takes AVX-512, and fp32 or bf16.
+    """
+    if h.dtype not in HALF or h.device.type != "cpu" or _runtime.why_not("native"):
+        return False
+    code = library("native").uniformer_gelu_bwd(
+        ctypes.c_void_p(h.data_ptr()), ctypes.c_void_p(dh.data_ptr()), ctypes.c_int64(h.numel()),
+        ctypes.c_int32(HALF[h.dtype]), _runtime.parallel_for(),
+    )  # fmt: skip
+    return code == 0
 
 
 def _check(code: int, x: Tensor) -> None:
