@@ -13,15 +13,21 @@ WORDS = {
     "native": "C++", "triton": "Triton", "cuda": "CUDA C++", "sdpa": "PyTorch's fused attention",
     "chunked": "PyTorch's matrix products, some rows at a time", "reference": "plain PyTorch",
 }  # fmt: skip
+_PRODUCTS = (
+    "forward, in fp32 and bf16 with AVX-512 and multiples of 8 channels; else, and backward, "
+    "PyTorch's matrix products, some rows at a time"
+)
 # Where it depends on the tensor, too.
 NOTES = {
     ("attention", "native"): "in fp32 and bf16, heads of 16, 32, 48 or 64 channels; else PyTorch's "
     "fused attention",
     ("attention", "sdpa"): "or Triton where benchmarks/tune_attention.py found it faster",
-    ("dwconv3d", "native"): "for weight gradients, fp16, 5x5x5 in fp32 and small clips; for other "
-    "forwards PyTorch's channels-last convolution, near the peak",
+    ("dwconv3d", "native"): "kernels 3 or 5 wide and multiples of 16 channels, in fp32 with "
+    "AVX-512; other forwards are PyTorch's channels-last convolution",
+    ("ffn", "native"): _PRODUCTS,
     ("ffn", "triton"): "up to 128 channels and in 16 bits; else PyTorch's matrix products",
     ("patch_embed", "reference"): "whose convolution is as fast on a CPU",
+    ("pointwise", "native"): _PRODUCTS,
     ("pointwise", "triton"): "in 16 bits; a LayerNorm, and fp32, are left to PyTorch",
 }
 

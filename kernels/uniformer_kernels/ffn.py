@@ -6,7 +6,8 @@ with the exact GELU, h * (1 + erf(h / sqrt(2))) / 2. The hidden layer, four time
 made a piece at a time and never stored; the gradient makes it anew. So x alone is kept for it.
 
 On a GPU a program has a tile of rows on its chip (`ffn_triton.py`, up to 128 channels; wider ones
-are left to the library's products). On a CPU rows go in chunks that stay in the cache.
+are left to the library's products). On a CPU a chunk of rows stays in the cache of a thread
+(`csrc/ffn_cpu.cpp`); backward, and what that does not serve, in that of all.
 
 Shapes: M rows (B * T * H * W), C channels, F hidden channels.
 Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 3.

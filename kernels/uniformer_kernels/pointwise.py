@@ -6,7 +6,8 @@
 is the drop path's, a number for each clip. Statistics of y come out on demand, for the next norm.
 
 On a GPU a program makes a tile of rows times a tile of channels (`pointwise_triton.py`). On a CPU
-rows go in chunks through the library's matrix product.
+a thread does so in C++ (`csrc/pointwise_cpu.cpp`); backward, and what that does not serve, goes in
+chunks of rows through the library's matrix product.
 
 Shapes: M rows (B * T * H * W), K channels in, N channels out.
 Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 5 and 6.
