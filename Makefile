@@ -30,8 +30,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In two processes, whose idle threads sleep: they would fight over the cores.
 test: check
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal
 
 # Without them their rows say that they are missing.
 $(VENV)/.rivals: $(VENV)/.ready

@@ -49,7 +49,10 @@ struct Result {
 
 namespace {
 
-inline bool serves(const Weight& weight, [[maybe_unused]] int32_t half) {
+inline bool serves(const Weight& weight, int32_t half) {
+#if defined(__AMX_BF16__)
+  if (half) return false;  // the library uses the matrix units, these products do not
+#endif
   return has_products(half ? 2 : 4) && weight.rows % 8 == 0 && weight.columns % 8 == 0;
 }
 
@@ -58,7 +61,7 @@ inline bool serves(const Weight& weight, [[maybe_unused]] int32_t half) {
 constexpr int N = 8;          // channels of a product's tile: 8 x 3 sums, 3 vectors, of 32 registers
 constexpr int VECTORS = 3;
 constexpr int TILE = VECTORS * LANES;  // tokens
-constexpr int64_t CHAIN = 128;         // products added one after another: 320 err 2 to 3 times as much
+constexpr int64_t CHAIN = 128;  // products added one after another: 320 err up to 3 times as much
 constexpr int64_t CACHE = 640 << 10;   // bytes of a chunk, of 1 MB at the second level
 constexpr int64_t CHUNK = 4 * TILE;    // tokens, at most: more make weights no cheaper
 constexpr int64_t FEW = TILE;          // tokens whose products are shared out by channels
@@ -253,9 +256,21 @@ void multiply(
 
 inline void write8(void* data, int32_t half, int64_t at, __m256 value) {
   if (!half) return _mm256_storeu_ps(static_cast<float*>(data) + at, value);
+  uint16_t* to = static_cast<uint16_t*>(data) + at;
 #if defined(__AVX512BF16__)
-  _mm_storeu_si128((__m128i*)(static_cast<uint16_t*>(data) + at), (__m128i)_mm256_cvtneps_pbh(value));
+  _mm_storeu_si128((__m128i*)to, (__m128i)_mm256_cvtneps_pbh(value));
+#else  // to the nearest, ties to even
+  uint32_t bits[8];
+  std::memcpy(bits, &value, sizeof bits);
+  for (int i = 0; i < 8; ++i) {
+    const bool number = (bits[i] & 0x7fffffff) <= 0x7f800000;
+    to[i] = number ? (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16 : 0x7fc0;
+  }
 #endif
+}
+
+inline __m256 upper_half(__m512 x) {  // AVX512F has it of doubles alone
+  return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
 }
 
 inline __m256 read8(const Rows& rows, int64_t row, int64_t c) {
@@ -292,9 +307,9 @@ inline __attribute__((always_inline)) void write(
     const __m512 low = _mm512_permutex2var_ps(quads[0][j], near, quads[1][j]);
     const __m512 high = _mm512_permutex2var_ps(quads[0][j], far, quads[1][j]);
     put(j, _mm512_castps512_ps256(low));
-    put(4 + j, _mm512_extractf32x8_ps(low, 1));
+    put(4 + j, upper_half(low));
     put(8 + j, _mm512_castps512_ps256(high));
-    put(12 + j, _mm512_extractf32x8_ps(high, 1));
+    put(12 + j, upper_half(high));
   }
 }
 

@@ -463,3 +463,18 @@ def test_wrong_dtypes_are_refused(dtypes, complaint):
     x, weight = torch.zeros(1, 1, 1, 1, 2, dtype=dtypes[0]), torch.zeros(2, 1, 1, 1, 1)
     with pytest.raises(ValueError, match=complaint):
         dwconv3d(x, weight.to(dtypes[1]))
+
+
+@pytest.mark.parametrize("C", [16, 32])
+def test_the_reference_in_bf16_has_the_right_gradients(C):
+    """PyTorch 2.13's own, on a CPU, is wrong by many orders of magnitude."""
+    x, weight = torch.randn(1, 4, 6, 6, C), torch.randn(C, 1, 5, 5, 5) / 11
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        leaf = weight.to(dtype).requires_grad_()
+        with backend("reference"):
+            dwconv3d(x.to(dtype), leaf).square().sum().backward()
+        found.append(leaf.grad.double())
+    torch.testing.assert_close(
+        found[1], found[0], rtol=0.05, atol=0.02 * float(found[0].abs().max())
+    )

@@ -8,8 +8,13 @@ import torch
 from uniformer_kernels import dwconv3d_native
 from uniformer_kernels.dwconv3d import dwconv3d_ref
 
+SERVED = [  # in fp32 with AVX-512 alone
+    d for d in dwconv3d_native.DTYPES
+    if dwconv3d_native.serves_cpu(torch.empty(1, 1, 1, 1, 16, dtype=d), (3, 3, 3))
+]  # fmt: skip
 
-@pytest.mark.parametrize("dtype", dwconv3d_native.DTYPES, ids=str)
+
+@pytest.mark.parametrize("dtype", SERVED, ids=str)
 @pytest.mark.parametrize(("shape", "kernel"), [
     ((2, 3, 4, 5, 16), (3, 3, 3)),  # a row is one run: both its ends are borders
     ((1, 2, 9, 14, 32), (1, 5, 5)),  # more rows than one thread takes in one go
@@ -49,7 +54,7 @@ def test_the_cpu_forward_rounds_as_pytorch_does(dtype, C):
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", dwconv3d_native.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SERVED, ids=str)
 @pytest.mark.parametrize("kw", [3, 5])
 def test_rows_of_every_width(kw, dtype):
     """Whole rows, runs side by side, and runs that overlap at the end; channels one by one and, in

@@ -211,3 +211,12 @@ def test_what_is_left_to_the_library(x, weight, dtype, counted):
     got = pointwise(x, weight)
     torch.testing.assert_close(got, pointwise_ref(x, weight), rtol=1e-2, atol=1e-2)
     assert not counted
+
+
+@pytest.mark.skipif(not served(torch.float32), reason="not served here")
+def test_a_residual_in_sixteen_bits_is_added_to_products_in_fp32(counted):
+    x, weight, residual = torch.randn(20, 16), torch.randn(24, 16), torch.randn(20, 24)
+    residual = residual.bfloat16()
+    got = products_native.pointwise(x, weight, None, None, None, residual, torch.float32)
+    want = (residual.double() + x.double() @ weight.double().t()).bfloat16()
+    torch.testing.assert_close(got, want, rtol=8e-3, atol=1e-6)

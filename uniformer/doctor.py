@@ -14,8 +14,8 @@ WORDS = {
     "chunked": "PyTorch's matrix products, some rows at a time", "reference": "plain PyTorch",
 }  # fmt: skip
 _PRODUCTS = (
-    "forward, in fp32 and bf16 with AVX-512 and multiples of 8 channels; else, and backward, "
-    "PyTorch's matrix products, some rows at a time"
+    "forward, in fp32 and bf16 with AVX-512 and multiples of 8 channels; else, in bf16 with AMX, "
+    "and backward, PyTorch's matrix products, some rows at a time"
 )
 # Where it depends on the tensor, too.
 NOTES = {

@@ -40,6 +40,9 @@ def dwconv3d_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False
 ) -> Tensor:
     """`dwconv3d` in plain PyTorch; the permuted view is channels_last_3d, so nothing is copied."""
+    if _has_no_gradient(x) and torch.is_grad_enabled():
+        exact = [None if t is None else t.float() for t in (weight, bias)]
+        return dwconv3d_ref(x.float(), *exact, residual=residual).to(x.dtype)
     padding = [k // 2 for k in weight.shape[2:]]
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, padding=padding, groups=x.shape[-1])
@@ -47,10 +50,15 @@ def dwconv3d_ref(
     return (x + y if residual else y).contiguous()
 
 
+def _has_no_gradient(x: Tensor) -> bool:
+    """PyTorch 2.13's weight gradients in bf16 on a CPU have nothing right in them: of 5x5x5 taps,
+    of 16 channels, and who knows of what else."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
 def _bwd_ref(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
     """dx (without the residual's share), dweight and dbias, those that are wanted, by PyTorch."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        # Of 16 channels PyTorch 2.13 returned a weight gradient with nothing right in it.
+    if _has_no_gradient(x):
         found = _bwd_ref(dy.float(), x.float(), weight.float(), wanted)
         return [None if g is None else g.to(x.dtype) for g in found]
     return torch.ops.aten.convolution_backward(

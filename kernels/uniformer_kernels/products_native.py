@@ -13,10 +13,9 @@ from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Prologue
 from uniformer_kernels._runtime import library
 
-__all__ = ["ffn", "gelu_bwd_", "pointwise", "serves"]
+__all__ = ["ffn", "gelu_bwd_", "pointwise", "product_into", "serves"]
 
 HALF = {torch.float32: False, torch.bfloat16: True}  # dtypes that the kernels read and write
-FEWEST = 1  # rows: of fewer, most of their vectors of 16 would be empty, or of threads idle
 
 
 class _Rows(ctypes.Structure):
@@ -53,7 +52,7 @@ class _Result(ctypes.Structure):
 def serves(x: Tensor, dtype: torch.dtype, *others: Tensor | None) -> bool:
     """Whether the kernels take rows x (M, K), to be multiplied in `dtype`, and all other tensors,
     the first of which is a weight (N, K) with K no less a multiple of 8 than N."""
-    if dtype not in HALF or len(x) < FEWEST or x.device.type != "cpu":
+    if dtype not in HALF or x.device.type != "cpu":
         return False
     if any(t is not None and t.dtype not in HALF for t in (x, *others)):
         return False
@@ -109,6 +108,29 @@ def pointwise(
 ) -> Tensor:  # fmt: skip
     """x (M, K), weight (N, K), scale (B,), residual (M, N) -> y (M, N), as `serves` says."""
     y = x.new_empty(len(x), len(weight), dtype=dtype if residual is None else residual.dtype)
+    _pointwise_into(y, x, weight, bias, norm, scale, residual, dtype)
+    return y
+
+
+def product_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """y (M, N) = x (M, K) times weight (K, N), plus bias (N,), all in fp32.
+
+    Returns whether it was done: it takes contiguous y, and a weight whose columns are. In bf16 the
+    library's products of as many rows as a chunk has are as fast.
+    """
+    weight = weight.t()
+    if x.dtype != torch.float32 or not (y.is_contiguous() and weight.is_contiguous()):
+        return False
+    if not serves(x, x.dtype, weight, y):
+        return False
+    _pointwise_into(y, x, weight, bias, None, None, None, x.dtype)
+    return True
+
+
+def _pointwise_into(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Prologue | None,
+    scale: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
+) -> None:  # fmt: skip
     c, ref = _Arguments(), ctypes.byref
     code = library("native").uniformer_pointwise_fwd(
         ref(c.rows(x)), ref(c.norm(norm)), ref(c.weight(weight, bias, dtype)),
@@ -116,7 +138,6 @@ def pointwise(
         _runtime.parallel_for(),
     )  # fmt: skip
     _check(code, x)
-    return y
 
 
 def ffn(
