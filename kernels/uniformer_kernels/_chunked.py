@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from uniformer_kernels import _runtime, products_native
+from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Norm, Prologue, Sums
 
 __all__ = [
     "Chunks", "accumulate", "compute_dtype", "fitted", "prepare", "product", "product_into",
-    "serves", "some", "spread", "through_norm", "turned",
+    "serves", "some", "spread", "through_norm",
 ]  # fmt: skip
 
 ROWS = {2: 4096, 4: 1024, 8: 512}  # by bytes an element; 16-bit products want more to start well
@@ -61,19 +61,9 @@ def spread(scale: Tensor | None, rows: int) -> Tensor | None:
     return scale.repeat_interleave(rows // len(scale)).unsqueeze(1)
 
 
-def turned(weight: Tensor) -> Tensor:
-    """The same matrix with its columns contiguous, as `product` reads it fastest."""
-    return weight.t().contiguous().t()
-
-
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """x (M, K) times weight (K, N), plus bias (N,), in the first rows of `buffer`.
-
-    In fp32 in C++ where that serves, which spares a training step 5 % of its time.
-    """
+    """x (M, K) times weight (K, N), plus bias (N,), in the first rows of `buffer`."""
     out = buffer[: len(x)]
-    if products_native.product_into(out, x, weight, bias):
-        return out
     if bias is None:
         return torch.mm(x, weight, out=out)
     return torch.addmm(bias, x, weight, out=out)

@@ -33,7 +33,6 @@ from uniformer_kernels._chunked import (
     some,
     spread,
     through_norm,
-    turned,
 )
 from uniformer_kernels._norm import (
     NO_NORM,
@@ -104,8 +103,7 @@ def _bwd_chunked(
     G, db1 = x.new_zeros(w1.shape, dtype=exact), x.new_zeros(len(w1), dtype=exact)
     dw2, db2 = x.new_zeros(w2.shape, dtype=exact), x.new_zeros(len(w2), dtype=exact)
     c1, bias = (w1, b1) if norm is None else norm.fold(w1, b1)
-    c1, c2 = c1.to(chunks.dtype), turned(w2.to(chunks.dtype))
-    back = turned(c1)
+    c1, c2 = c1.to(chunks.dtype), w2.to(chunks.dtype)
     bias, scale = None if bias is None else bias.to(chunks.dtype), spread(scale, len(x))
     hidden, slope, buffer = (chunks.buffer(width) for width in (len(w1), len(w1), x.shape[1]))
     for rows, xhat in chunks:
@@ -122,11 +120,11 @@ def _bwd_chunked(
             accumulate(dw2, d.t(), a)
             db2 += d.sum(0, dtype=exact)
         if chunks.per_row:
-            g = chunks.through_rows(rows, product(dh, back, None, buffer))
+            g = chunks.through_rows(rows, product(dh, c1, None, buffer))
             if dx is not None:
                 dx[rows] = g + dy[rows] if residual else g
         elif dx is not None:
-            product_into(dx[rows], dh, back, None, buffer)
+            product_into(dx[rows], dh, c1, None, buffer)
     sums = chunks.sums(G, db1, w1)
     if dx is not None and not chunks.per_row:
         if norm is not None:

@@ -33,7 +33,6 @@ from uniformer_kernels._chunked import (
     some,
     spread,
     through_norm,
-    turned,
 )
 from uniformer_kernels._norm import (
     NO_NORM,
@@ -98,7 +97,7 @@ def _bwd_chunked(
     dx = x.new_empty(x.shape) if with_dx else None
     G, db = x.new_zeros(weight.shape, dtype=exact), x.new_zeros(len(weight), dtype=exact)
     gamma = None if norm is None or chunks.per_row else norm.gamma
-    cast = turned((weight if gamma is None else weight * gamma).to(chunks.dtype))
+    cast = (weight if gamma is None else weight * gamma).to(chunks.dtype)
     buffer, scale = chunks.buffer(x.shape[1]), spread(scale, len(x))
     for rows, xhat in chunks:
         d = chunks.gradient(dy[rows], some(scale, rows))

@@ -13,7 +13,7 @@ from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Prologue
 from uniformer_kernels._runtime import library
 
-__all__ = ["ffn", "gelu_bwd_", "pointwise", "product_into", "serves"]
+__all__ = ["ffn", "gelu_bwd_", "pointwise", "serves"]
 
 HALF = {torch.float32: False, torch.bfloat16: True}  # dtypes that the kernels read and write
 
@@ -108,29 +108,6 @@ def pointwise(
 ) -> Tensor:  # fmt: skip
     """x (M, K), weight (N, K), scale (B,), residual (M, N) -> y (M, N), as `serves` says."""
     y = x.new_empty(len(x), len(weight), dtype=dtype if residual is None else residual.dtype)
-    _pointwise_into(y, x, weight, bias, norm, scale, residual, dtype)
-    return y
-
-
-def product_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """y (M, N) = x (M, K) times weight (K, N), plus bias (N,), all in fp32.
-
-    Returns whether it was done: it takes contiguous y, and a weight whose columns are. In bf16 the
-    library's products of as many rows as a chunk has are as fast.
-    """
-    weight = weight.t()
-    if x.dtype != torch.float32 or not (y.is_contiguous() and weight.is_contiguous()):
-        return False
-    if not serves(x, x.dtype, weight, y):
-        return False
-    _pointwise_into(y, x, weight, bias, None, None, None, x.dtype)
-    return True
-
-
-def _pointwise_into(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Prologue | None,
-    scale: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
-) -> None:  # fmt: skip
     c, ref = _Arguments(), ctypes.byref
     code = library("native").uniformer_pointwise_fwd(
         ref(c.rows(x)), ref(c.norm(norm)), ref(c.weight(weight, bias, dtype)),
@@ -138,6 +115,7 @@ def _pointwise_into(
         _runtime.parallel_for(),
     )  # fmt: skip
     _check(code, x)
+    return y
 
 
 def ffn(
