@@ -41,8 +41,8 @@ def dwconv3d_ref(
 ) -> Tensor:
     """`dwconv3d` in plain PyTorch; the permuted view is channels_last_3d, so nothing is copied."""
     if _has_no_gradient(x) and torch.is_grad_enabled():
-        exact = [None if t is None else t.float() for t in (weight, bias)]
-        return dwconv3d_ref(x.float(), *exact, residual=residual).to(x.dtype)
+        bias = None if bias is None else bias.float()
+        return dwconv3d_ref(x.float(), weight.float(), bias, residual=residual).to(x.dtype)
     padding = [k // 2 for k in weight.shape[2:]]
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, padding=padding, groups=x.shape[-1])
