@@ -14,16 +14,19 @@ WORDS = {
     "chunked": "PyTorch's matrix products, some rows at a time", "reference": "plain PyTorch",
 }  # fmt: skip
 _PRODUCTS = (
-    "forward, in fp32 and bf16 with AVX-512 and multiples of 8 channels; else, in bf16 with AMX, "
-    "and backward, PyTorch's matrix products, some rows at a time"
+    "forward, in fp32 with AVX-512 and bf16 with AVX512_BF16 (but not AMX), of multiples of 8 "
+    "channels in and out; else, and backward, PyTorch's matrix products, some rows at a time"
 )
 # Where it depends on the tensor, too.
 NOTES = {
-    ("attention", "native"): "in fp32 and bf16, heads of 16, 32, 48 or 64 channels; else PyTorch's "
-    "fused attention",
+    (
+        "attention",
+        "native",
+    ): "of a packed qkv, in fp32 with AVX-512 and bf16 with AVX512_BF16, "
+    "heads of 16, 32, 48 or 64 channels, no dropout; else PyTorch's fused attention",
     ("attention", "sdpa"): "or Triton where benchmarks/tune_attention.py found it faster",
-    ("dwconv3d", "native"): "kernels 3 or 5 wide and multiples of 16 channels, in fp32 with "
-    "AVX-512; other forwards are PyTorch's channels-last convolution",
+    ("dwconv3d", "native"): "weight gradients, and, of kernels 3 or 5 wide and multiples of 16 "
+    "channels, all else (in fp32 with AVX-512); PyTorch's channels-last convolution otherwise",
     ("ffn", "native"): _PRODUCTS,
     ("ffn", "triton"): "up to 128 channels and in 16 bits; else PyTorch's matrix products",
     ("patch_embed", "reference"): "whose convolution is as fast on a CPU",

@@ -11,8 +11,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,11 +24,10 @@ from uniformer_kernels import _native
 
 __all__ = [
     "BACKENDS", "announce", "autocast_dtype", "backend", "check_dtypes", "check_shapes",
-    "current_backend",
-    "forward_mode", "functorch_is_active", "has_wgmma", "int64s", "interpreting", "library",
-    "multiprocessors", "native_library", "on_device", "parallel_for", "pointer", "product_dtype",
-    "register", "report", "serving", "shared_memory", "triton_kernels", "tuned",
-    "under_torch_func", "why_not",
+    "current_backend", "forward_mode", "functorch_is_active", "has_wgmma", "int64s",
+    "interpreting", "library", "multiprocessors", "native", "native_library", "on_device",
+    "parallel_for", "pointer", "product_dtype", "register", "report", "serving", "shared_memory",
+    "triton_kernels", "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
 
 log = logging.getLogger("uniformer.kernels")
@@ -374,15 +373,38 @@ def pointer(t: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
-def int64s(values: Sequence[int]) -> ctypes.Array:
-    """Sizes or strides, as C takes them."""
+@lru_cache(maxsize=4096)
+def int64s(values: tuple[int, ...]) -> ctypes.Array:
+    """Sizes or strides, as C takes them, to be read alone: calls share them."""
     return (ctypes.c_int64 * len(values))(*values)
 
 
 @cache
-def parallel_for() -> Any:
-    """PyTorch's own threads, as a C function: a second pool would fight with them."""
+def native(name: str, arguments: str) -> Any:
+    """A function of the library "native" that takes Python's numbers as they are.
+
+    `arguments` has a letter for each: p for a pointer, q for 64 bits, i for 32, f for a float.
+
+    Raises:
+        RuntimeError: there is no such library here; the text says why.
+    """
+    function = getattr(library("native"), name)
+    function.argtypes = [_C_TYPES[letter] for letter in arguments]
+    return function
+
+
+_C_TYPES = {
+    "p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float
+}  # fmt: skip
+
+
+@cache
+def parallel_for() -> int:
+    """PyTorch's own threads, the address of a C function: a second pool would fight with them."""
     suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
     prefix = "" if sys.platform == "win32" else "lib"
     path = Path(torch.__file__).parent / "lib" / f"{prefix}torch_cpu.{suffix}"
-    return ctypes.CDLL(str(path)).torch_parallel_for
+    function = ctypes.CDLL(str(path)).torch_parallel_for
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address

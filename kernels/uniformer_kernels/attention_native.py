@@ -1,12 +1,10 @@
 """The C++ attention of `csrc/attention_cpu*.cpp`: bf16 and fp32 on a CPU, from a packed qkv."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from uniformer_kernels import _runtime
-from uniformer_kernels._runtime import int64s, library, pointer
+from uniformer_kernels._runtime import int64s, native
 
 __all__ = ["bwd", "fwd", "why_not"]
 
@@ -29,8 +27,8 @@ def why_not(q: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _why_not_here(dtype: torch.dtype) -> str | None:
-    serves = library("native").uniformer_attention_fwd_serves
-    if not serves(ctypes.c_int64(CHANNELS[0]), ctypes.c_int32(dtype.itemsize)):
+    serves = native("uniformer_attention_fwd_serves", "qi")
+    if not serves(CHANNELS[0], dtype.itemsize):
         return f"the processor has no {NEEDS[dtype]}"
     return None
 
@@ -41,10 +39,10 @@ def fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     B, N, width = qkv.shape
     out = qkv.new_empty(B, N, width // 3)
     lse = qkv.new_empty(B, N, num_heads, dtype=torch.float32)
-    code = library("native").uniformer_attention_fwd(
-        pointer(qkv), ctypes.c_int64(qkv.stride(0)), ctypes.c_int64(qkv.stride(1)), pointer(out),
-        pointer(lse), int64s((B, N, num_heads, width // 3 // num_heads)), ctypes.c_float(scale),
-        ctypes.c_int32(qkv.itemsize), _runtime.parallel_for(),
+    code = native("uniformer_attention_fwd", "pqqpppfip")(
+        qkv.data_ptr(), qkv.stride(0), qkv.stride(1), out.data_ptr(), lse.data_ptr(),
+        int64s((B, N, num_heads, width // 3 // num_heads)), scale, qkv.itemsize,
+        _runtime.parallel_for(),
     )  # fmt: skip
     if code:
         raise MemoryError(f"no memory to pack keys and values of {tuple(qkv.shape)}")
@@ -59,11 +57,11 @@ def bwd(
     lse = lse.contiguous()
     B, N, width = qkv.shape
     dqkv = qkv.new_empty(B, N, width)
-    code = library("native").uniformer_attention_bwd(
-        pointer(qkv), int64s(qkv.stride()), pointer(dout), int64s(dout.stride()), pointer(out),
-        int64s(out.stride()), pointer(lse), pointer(dqkv),
-        int64s((B, N, num_heads, width // 3 // num_heads)), ctypes.c_float(scale),
-        ctypes.c_int32(qkv.itemsize), _runtime.parallel_for(),
+    code = native("uniformer_attention_bwd", "pppppppppfip")(
+        qkv.data_ptr(), int64s(qkv.stride()), dout.data_ptr(), int64s(dout.stride()),
+        out.data_ptr(), int64s(out.stride()), lse.data_ptr(), dqkv.data_ptr(),
+        int64s((B, N, num_heads, width // 3 // num_heads)), scale, qkv.itemsize,
+        _runtime.parallel_for(),
     )  # fmt: skip
     if code:
         raise MemoryError(f"no memory for the gradient of {tuple(qkv.shape)}")

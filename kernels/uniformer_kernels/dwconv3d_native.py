@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from uniformer_kernels import _runtime
-from uniformer_kernels._runtime import int64s, library, pointer
+from uniformer_kernels._runtime import int64s, library, native, pointer
 
 __all__ = [
     "DTYPES",
@@ -34,10 +34,8 @@ def serves_cpu(x: Tensor, kernel: Sequence[int]) -> bool:
     It is then the faster one: 1.1 times and more as fast as PyTorch's channels-last convolution on
     two threads with AVX-512, 15 times and more in fp16 (`benchmarks/bench_dwconv3d.py`).
     """
-    return x.stride(4) == 1 and library("native").uniformer_dwconv3d_fwd_serves(
-        ctypes.c_int64(x.shape[3]), ctypes.c_int64(x.shape[4]), ctypes.c_int64(kernel[2]),
-        ctypes.c_int32(DTYPES.index(x.dtype)),
-    )  # fmt: skip
+    serves = native("uniformer_dwconv3d_fwd_serves", "qqqi")
+    return x.stride(4) == 1 and serves(*x.shape[3:], kernel[2], DTYPES.index(x.dtype))
 
 
 def fwd_cpu(
@@ -47,11 +45,11 @@ def fwd_cpu(
     weight = weight.contiguous()
     bias = None if bias is None else bias.to(weight.dtype).contiguous()
     y = x.new_empty(x.shape)
-    code = library("native").uniformer_dwconv3d_fwd(
-        pointer(x), int64s(x.stride()), pointer(weight), pointer(bias), pointer(y),
-        int64s(x.shape), int64s(weight.shape[2:]), ctypes.c_int32(DTYPES.index(x.dtype)),
-        ctypes.c_int32(DTYPES.index(weight.dtype)), ctypes.c_int32(mirror),
-        ctypes.c_int32(residual), _runtime.parallel_for(),
+    code = native("uniformer_dwconv3d_fwd", "pppppppiiiip")(
+        x.data_ptr(), int64s(x.stride()), weight.data_ptr(),
+        None if bias is None else bias.data_ptr(), y.data_ptr(), int64s(x.shape),
+        int64s(weight.shape[2:]), DTYPES.index(x.dtype), DTYPES.index(weight.dtype), mirror,
+        residual, _runtime.parallel_for(),
     )  # fmt: skip
     if code == 2:
         raise ValueError(
@@ -66,10 +64,9 @@ def bwd_weight_cpu(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradients of the weight and, last, of the bias: (taps + 1, C) fp32; any strides."""
     C, _, *kernel = weight.shape
     grads = x.new_empty(math.prod(kernel) + 1, C, dtype=torch.float32)
-    code = library("native").uniformer_dwconv3d_bwd_weight(
-        pointer(x), int64s(x.stride()), pointer(dy), int64s(dy.stride()),
-        int64s(x.shape), int64s(kernel), ctypes.c_int32(DTYPES.index(x.dtype)),
-        pointer(grads), _runtime.parallel_for(),
+    code = native("uniformer_dwconv3d_bwd_weight", "ppppppipp")(
+        x.data_ptr(), int64s(x.stride()), dy.data_ptr(), int64s(dy.stride()), int64s(x.shape),
+        int64s(weight.shape[2:]), DTYPES.index(x.dtype), grads.data_ptr(), _runtime.parallel_for(),
     )  # fmt: skip
     if code:
         raise MemoryError(f"no memory for the gradient of a {tuple(weight.shape)} weight")

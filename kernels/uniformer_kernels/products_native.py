@@ -11,7 +11,7 @@ from torch import Tensor
 
 from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Prologue
-from uniformer_kernels._runtime import library
+from uniformer_kernels._runtime import native
 
 __all__ = ["ffn", "gelu_bwd_", "pointwise", "serves"]
 
@@ -58,10 +58,9 @@ def serves(x: Tensor, dtype: torch.dtype, *others: Tensor | None) -> bool:
         return False
     weight = others[0]
     assert weight is not None
-    return _runtime.why_not("native") is None and library("native").uniformer_pointwise_fwd_serves(
-        ctypes.c_int64(weight.shape[0]), ctypes.c_int64(weight.shape[1]),
-        ctypes.c_int32(HALF[dtype]),
-    )  # fmt: skip
+    if _runtime.why_not("native") is not None:
+        return False
+    return native("uniformer_pointwise_fwd_serves", "qqi")(*weight.shape, HALF[dtype])
 
 
 class _Arguments:
@@ -109,10 +108,9 @@ def pointwise(
     """x (M, K), weight (N, K), scale (B,), residual (M, N) -> y (M, N), as `serves` says."""
     y = x.new_empty(len(x), len(weight), dtype=dtype if residual is None else residual.dtype)
     c, ref = _Arguments(), ctypes.byref
-    code = library("native").uniformer_pointwise_fwd(
+    code = native("uniformer_pointwise_fwd", "ppppqip")(
         ref(c.rows(x)), ref(c.norm(norm)), ref(c.weight(weight, bias, dtype)),
-        ref(c.result(y, residual, scale)), ctypes.c_int64(len(x)), ctypes.c_int32(HALF[dtype]),
-        _runtime.parallel_for(),
+        ref(c.result(y, residual, scale)), len(x), HALF[dtype], _runtime.parallel_for(),
     )  # fmt: skip
     _check(code, x)
     return y
@@ -125,10 +123,10 @@ def ffn(
     """x (M, C), w1 (F, C), w2 (C, F), scale (B,) -> y (M, C), as `serves` says."""
     y = x.new_empty(len(x), len(w2), dtype=x.dtype if residual else dtype)
     c, ref = _Arguments(), ctypes.byref
-    code = library("native").uniformer_ffn_fwd(
+    code = native("uniformer_ffn_fwd", "pppppqip")(
         ref(c.rows(x)), ref(c.norm(norm)), ref(c.weight(w1, b1, dtype)),
-        ref(c.weight(w2, b2, dtype)), ref(c.result(y, x if residual else None, scale)),
-        ctypes.c_int64(len(x)), ctypes.c_int32(HALF[dtype]), _runtime.parallel_for(),
+        ref(c.weight(w2, b2, dtype)), ref(c.result(y, x if residual else None, scale)), len(x),
+        HALF[dtype], _runtime.parallel_for(),
     )  # fmt: skip
     _check(code, x)
     return y
@@ -141,10 +139,9 @@ def gelu_bwd_(h: Tensor, dh: Tensor) -> bool:
     """
     if h.dtype not in HALF or h.device.type != "cpu" or _runtime.why_not("native"):
         return False
-    code = library("native").uniformer_gelu_bwd(
-        ctypes.c_void_p(h.data_ptr()), ctypes.c_void_p(dh.data_ptr()), ctypes.c_int64(h.numel()),
-        ctypes.c_int32(HALF[h.dtype]), _runtime.parallel_for(),
-    )  # fmt: skip
+    code = native("uniformer_gelu_bwd", "ppqip")(
+        h.data_ptr(), dh.data_ptr(), h.numel(), HALF[h.dtype], _runtime.parallel_for()
+    )
     return code == 0
 
 
