@@ -70,7 +70,7 @@ class Operator:
 
     def below_autograd(self, *args: Any) -> Any:
         """What a gradient's forward calls."""
-        if _only_autograd_listens(args):
+        if not torch.compiler.is_compiling() and _only_autograd_listens(args):
             return self.kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.op(*args)
@@ -115,10 +115,13 @@ def _needs_gradient(args: Sequence) -> bool:
 
 
 def _only_autograd_listens(args: Sequence) -> bool:
-    """No compiler, no mode such as a counter of operations, and tensors as plain as they come."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """No mode such as a counter of operations, and tensors as plain as they come."""
+    if torch._C._len_torch_dispatch_stack():
         return False
-    return all(_is_plain(a) for a in args if isinstance(a, Tensor))
+    for a in args:  # a loop: `all` takes twice as long
+        if isinstance(a, Tensor) and not _is_plain(a):
+            return False
+    return True
 
 
 def _is_plain(t: Tensor) -> bool:

@@ -194,13 +194,15 @@ def triton_kernels(op: str) -> ModuleType:
 
 def check_dtypes(x: torch.Tensor, **parameters: torch.Tensor | None) -> None:
     """Raise ValueError unless x is floating point and the parameters are of its dtype or fp32."""
-    if not isinstance(x, torch.Tensor) or x.dtype not in (*DTYPES.values(), torch.float64):
+    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
         raise ValueError(
             f"x must be a tensor in fp32, fp16, bf16 or fp64, got {x.dtype} in a {type(x).__name__}"
         )
     for name, t in parameters.items():
         _check_tensor(name, t)
-        if t is not None and t.dtype not in (x.dtype, torch.float32, autocast_dtype(x)):
+        if t is None or t.dtype == x.dtype or t.dtype == torch.float32:
+            continue
+        if t.dtype != autocast_dtype(x):
             raise ValueError(f"{name} must be of x's dtype or fp32, got {t.dtype} for x {x.dtype}")
 
 
@@ -227,7 +229,7 @@ def check_shapes(x: torch.Tensor, shapes: Mapping[str, tuple]) -> None:
     """Raise ValueError unless each tensor, by name, has its shape and lies on x's device."""
     for name, (t, shape) in shapes.items():
         _check_tensor(name, t)
-        if t is not None and t.shape != torch.Size(shape):
+        if t is not None and t.shape != shape:
             raise ValueError(
                 f"{name} must be {tuple(shape)} for x {tuple(x.shape)}, got {tuple(t.shape)}"
             )
@@ -272,6 +274,7 @@ def has_wgmma(x: torch.Tensor) -> bool:
 
 TUNED = Path(__file__).with_name("tuned.json")  # written by benchmarks/tune.py
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_FLOATS = frozenset((*DTYPES.values(), torch.float64))
 
 Row = Mapping[str, Any]
 
