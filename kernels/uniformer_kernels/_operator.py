@@ -118,10 +118,7 @@ def _only_autograd_listens(args: Sequence) -> bool:
     """No mode such as a counter of operations, and tensors as plain as they come."""
     if torch._C._len_torch_dispatch_stack():
         return False
-    for a in args:  # a loop: `all` takes twice as long
-        if isinstance(a, Tensor) and not _is_plain(a):
-            return False
-    return True
+    return all(_is_plain(a) for a in args if isinstance(a, Tensor))
 
 
 def _is_plain(t: Tensor) -> bool:
