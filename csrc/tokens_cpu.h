@@ -58,10 +58,12 @@ inline bool serves(const Weight& weight, int32_t half) {
 
 #if defined(__AVX512F__)
 
-constexpr int N = 8;          // channels of a product's tile: 8 x 3 sums, 3 vectors, of 32 registers
+// A product's tile: 8 channels by 3 vectors of tokens are 24 sums, with 3 of the 32 registers for the
+// vectors. Such a loop runs at the processor's peak, with tokens from either cache.
+constexpr int N = 8;
 constexpr int VECTORS = 3;
 constexpr int TILE = VECTORS * LANES;  // tokens
-constexpr int64_t CHAIN = 128;  // products added one after another: 320 err up to 3 times as much
+constexpr int64_t CHAIN = 128;         // products added one after another; errs as the library does
 constexpr int64_t CACHE = 640 << 10;   // bytes of a chunk, of 1 MB at the second level
 constexpr int64_t CHUNK = 4 * TILE;    // tokens, at most: more make weights no cheaper
 constexpr int64_t FEW = TILE;          // tokens whose products are shared out by channels
