@@ -32,7 +32,8 @@ HEADS = (
     *((s.tokens, s.heads, s.C // s.heads) for s in STAGES[2:]),
     (1568, 8, 28), (1568, 8, 32), (1568, 4, 128),
 )  # fmt: skip
-KERNELS = {3: SHAPES, 5: SHAPES[:2]}  # the DPE everywhere, the affinity in the local stages
+# The DPE everywhere, the affinity in the local stages, and of the ablations in the first.
+KERNELS = {3: SHAPES, 5: SHAPES[:2], 7: SHAPES[:1]}
 
 # Machine instructions by what they are for; "integer" is all else: addresses, predicates, zeros.
 PRODUCTS = {"FFMA": 1, "FHFMA": 1, "FFMA2": 2}  # the latter two are sm_100's
@@ -63,33 +64,38 @@ def cases(arch: int) -> Iterator[Case]:
 
 
 def _dwconv3d_cases() -> Iterator[Case]:
-    from uniformer_kernels import dwconv3d_triton as op
+    """Backward, kernels that fit go in one pass; else dx is a forward."""
+    from uniformer_kernels import dwconv3d_bwd_triton as bwd
+    from uniformer_kernels import dwconv3d_triton as fwd
 
     for k, stages in KERNELS.items():
         for C, T, H, W in stages:
-            shape, label = (B, T, H, W, C), f"{k}x{k}x{k} C={C} {T}x{H}x{W} bf16"
-            strides = (T * H * W * C, H * W * C, W * C, C)
-            config = op.fwd_config(shape, C, (k, k, k))
-            pointers = {"X": "bf16", "Weight": "fp32", "Bias": "fp32", "Y": "bf16", "Stats": None}
-            residual = k == 3
+            kernel, shape = (k, k, k), (B, T, H, W, C)
+            label = f"{k}x{k}x{k} C={C} {T}x{H}x{W} bf16"
+            strides = dict(zip("bth", (T * H * W * C, H * W * C, W * C), strict=True))
+            strides = {f"stride_{t}{axis}": n for t in ("dy", "x") for axis, n in strides.items()}
+            pointers: dict[str, Any] = dict.fromkeys(("DY", "X", "Y", "DX"), "bf16")
+            pointers |= dict.fromkeys(("Weight", "Bias", "Partial"), "fp32") | {"Stats": None}
+            arguments = pointers | strides | {"MIRROR": False, "RESIDUAL": k == 3}
+            config = fwd.fwd_config(shape, C, kernel)
             yield (
-                f"dwconv3d_fwd {label}",
-                op._dwconv3d_fwd_kernel,
-                pointers
-                | dict(zip(("stride_xb", "stride_xt", "stride_xh"), strides[:3], strict=True))
-                | config.arguments
-                | {"MIRROR": False, "RESIDUAL": residual},
-                {"num_warps": config.warps},
-            )
-            config = op.bwd_weight_config(shape, C, C, (k, k, k), multiprocessors=132)
-            pointers = {"DY": "bf16", "X": "bf16", "Partial": "fp32"}
-            names = [f"stride_{t}{axis}" for t in ("dy", "x") for axis in "bth"]
+                f"dwconv3d_fwd {label}", fwd._dwconv3d_fwd_kernel,
+                arguments | config.arguments, {"num_warps": config.warps},
+            )  # fmt: skip
+            if bwd.in_one_pass(kernel, W):
+                config = bwd.bwd_config(shape, C, C, kernel, multiprocessors=132)
+                name, run = "bwd", bwd._dwconv3d_bwd_kernel
+            elif bwd.walks(kernel, W):
+                config = bwd.bwd_config(shape, C, C, kernel, multiprocessors=132, with_dx=False)
+                name, run = "bwd_weight", bwd._dwconv3d_bwd_kernel
+                arguments |= {"DX": None, "Weight": None}
+            else:
+                config = bwd.tiles_config(shape, C, C, kernel, multiprocessors=132)
+                name, run = "bwd_weight", bwd._dwconv3d_bwd_tiles_kernel
             yield (
-                f"dwconv3d_bwd_weight {label}",
-                op._dwconv3d_bwd_weight_kernel,
-                pointers | dict(zip(names, strides[:3] * 2, strict=True)) | config.arguments,
-                {"num_warps": config.warps},
-            )
+                f"dwconv3d_{name} {label}", run,
+                arguments | config.arguments, {"num_warps": config.warps},
+            )  # fmt: skip
 
 
 NORM = {"Mean": "fp32", "Rstd": "fp32"}

@@ -51,8 +51,8 @@ TOLERANCE = 1e-4
 Row = dict[str, Any]  # as in the file; to launch, its backend and sizes alone
 SIZES = ("NH", "NW", "BLOCK_P", "BLOCK_C")
 
-# NH, NW, BLOCK_P, BLOCK_C, warps. The most promising first, by what the compiler makes of them for
-# sm_90: instructions a product, against the registers that decide how many warps there can be.
+# NH (if any), NW, BLOCK_P, BLOCK_C, warps. The most promising first, by what the compiler makes of
+# them for sm_90: instructions a product, against the registers, which decide how many warps fit.
 CANDIDATES: dict[tuple[str, int], tuple[tuple[int, ...], ...]] = {
     ("fwd", 5): (
         (2, 14, 4, 64, 4), (2, 7, 4, 64, 4), (4, 14, 4, 64, 8), (4, 7, 4, 64, 8),
@@ -66,17 +66,18 @@ CANDIDATES: dict[tuple[str, int], tuple[tuple[int, ...], ...]] = {
         (2, 7, 8, 64, 8), (4, 7, 8, 64, 8), (2, 7, 4, 32, 2), (2, 7, 8, 32, 4),
         (7, 7, 4, 64, 8), (1, 7, 4, 32, 2),
     ),
+    # Without NH: all frames at a time, and with it in tiles of one.
     ("bwd_weight", 5): (
-        (4, 7, 2, 64, 2), (2, 14, 4, 64, 4), (4, 7, 4, 64, 8), (2, 7, 4, 64, 4),
-        (1, 14, 4, 64, 4), (1, 7, 4, 64, 4), (4, 7, 8, 64, 8), (4, 14, 4, 64, 8),
-        (2, 14, 4, 64, 8), (2, 7, 8, 64, 8), (1, 7, 8, 64, 4), (2, 7, 2, 64, 2),
-        (4, 7, 8, 32, 4), (7, 7, 4, 64, 8),
+        (7, 8, 32, 8), (4, 4, 32, 4), (7, 2, 32, 2), (4, 8, 32, 8), (14, 4, 32, 4),
+        (4, 7, 2, 64, 2), (2, 14, 4, 64, 4), (4, 7, 4, 64, 8), (4, 7, 4, 64, 4), (2, 7, 4, 64, 4),
     ),
     ("bwd_weight", 3): (
+        (14, 4, 64, 4), (7, 8, 64, 8), (4, 4, 64, 4), (14, 8, 64, 8), (7, 4, 32, 4),
         (2, 7, 4, 64, 4), (7, 7, 4, 64, 4), (4, 7, 8, 64, 4), (2, 7, 8, 64, 4),
-        (2, 14, 4, 64, 4), (1, 7, 4, 64, 4), (4, 7, 4, 64, 8), (1, 7, 8, 64, 4),
-        (1, 14, 4, 64, 4), (4, 7, 8, 64, 8), (2, 7, 8, 64, 8), (4, 7, 2, 64, 2),
-        (2, 7, 2, 64, 2), (1, 14, 8, 64, 4),
+    ),
+    ("bwd", 3): (
+        (4, 4, 64, 4), (7, 8, 64, 8), (4, 8, 64, 8), (7, 4, 32, 4), (14, 4, 32, 4),
+        (2, 4, 64, 4), (7, 8, 32, 8), (14, 8, 32, 8),
     ),
 }  # fmt: skip
 
@@ -98,10 +99,7 @@ class Case(NamedTuple):
 
 def list_cases(dry_run: bool) -> list[Case]:
     """All of bf16 first, and of it 5x5x5: the network spends most there."""
-    shapes = {
-        k: [(BATCH, T, H, W, C) for C, T, H, W in stages]
-        for k, stages in sorted(KERNELS.items(), reverse=True)
-    }
+    shapes = {k: [(BATCH, T, H, W, C) for C, T, H, W in KERNELS[k]] for k in (5, 3)}
     if dry_run:
         shapes = {3: [(1, 1, 1, 7, 8)]}
     return [
@@ -109,33 +107,44 @@ def list_cases(dry_run: bool) -> list[Case]:
         for dtype in ("bf16", "fp16")
         for k in shapes
         for shape in shapes[k]
-        for direction in ("fwd", "bwd_weight")
+        for direction in ("fwd", "bwd_weight", "bwd")
+        if (direction, k) in CANDIDATES
     ]
 
 
-def _op() -> ModuleType:
+def _forward() -> ModuleType:
     """Not before `main` has said whether Triton interprets."""
     from uniformer_kernels import dwconv3d_triton
 
     return dwconv3d_triton
 
 
+def _backward() -> ModuleType:
+    from uniformer_kernels import dwconv3d_bwd_triton
+
+    return dwconv3d_bwd_triton
+
+
+def _config(case: Case, tuned: Row) -> Any:
+    kernel, C, op = (case.k,) * 3, case.shape[-1], _backward()
+    if case.direction == "fwd":
+        return _forward().fwd_config(case.shape, C, kernel, tuned)
+    if "NH" in tuned:
+        return op.tiles_config(case.shape, C, C, kernel, 1, tuned)
+    return op.bwd_config(case.shape, C, C, kernel, 1, tuned, with_dx=case.direction == "bwd")
+
+
 def rows_of(case: Case, dry_run: bool = False) -> list[Row]:
     """What to try, each launch once: the default, the candidates, C++."""
-    candidates = CANDIDATES[case.direction, case.k][: 1 if dry_run else None]
-    tuned = [dict(zip((*SIZES, "warps"), sizes, strict=True)) for sizes in candidates]
     rows: list[Row] = []
-    for sizes in [{}, *tuned]:
-        kernel, C = (case.k,) * 3, case.shape[-1]
-        if case.direction == "fwd":
-            config = _op().fwd_config(case.shape, C, kernel, sizes)
-        else:
-            config = _op().bwd_weight_config(case.shape, C, C, kernel, 1, sizes)
-        arguments = {name: config.arguments[name] for name in SIZES}
+    names = (*SIZES, "warps")
+    for sizes in [(), *CANDIDATES[case.direction, case.k][: 1 if dry_run else None]]:
+        config = _config(case, dict(zip(names[-len(sizes) :], sizes, strict=False)))
+        arguments = {name: config.arguments[name] for name in SIZES if name in config.arguments}
         row = {"backend": "triton"} | arguments | {"warps": config.warps}
         if row not in rows:  # a small shape makes several the same
             rows.append(row)
-    return [*rows, {"backend": "cuda"}]
+    return rows if case.direction == "bwd" else [*rows, {"backend": "cuda"}]
 
 
 # --- One launch -----------------------------------------------------------------------
@@ -162,16 +171,19 @@ def make(case: Case) -> Tensors:
     )
 
 
-def launch(case: Case, row: Row, tensors: Tensors) -> Tensor:
+def launch(case: Case, row: Row, tensors: Tensors) -> tuple[Tensor, ...]:
     """Run a case as the network does; the DPE, 3x3x3, has a residual."""
     dy, x, weight, bias = tensors
-    if case.direction == "fwd":
-        if row["backend"] == "cuda":
-            return dwconv3d_native.fwd_cuda(x, weight, bias, case.k == 3)
-        return _op().fwd(x, weight, bias, case.k == 3, tuned=row)
-    if row["backend"] == "cuda":
-        return dwconv3d_native.bwd_weight_cuda(dy, x, weight)
-    return _op().bwd_weight(dy, x, weight, tuned=row)
+    residual, cuda = case.k == 3, row["backend"] == "cuda"
+    if case.direction == "bwd":
+        return _backward().bwd(dy, x, weight, residual, tuned=row)
+    if case.direction == "bwd_weight":
+        if cuda:
+            return (dwconv3d_native.bwd_weight_cuda(dy, x, weight),)
+        return (_backward().bwd_weight(dy, x, weight, tuned=row),)
+    if cuda:
+        return (dwconv3d_native.fwd_cuda(x, weight, bias, residual),)
+    return (_forward().fwd(x, weight, bias, residual, tuned=row),)
 
 
 def finish() -> None:
@@ -192,14 +204,14 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def check(case: Case, got: Tensor, want: Tensor) -> None:
+def check(case: Case, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     """Raise ValueError where a result is another than the default launch's."""
-    bound = TOLERANCE
-    if case.direction == "fwd":
-        bound = 2 * torch.finfo(want.dtype).eps
-    error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
-    if not error <= bound:  # NaN is no less
-        raise ValueError(f"wrong by {error:.1e} of the largest, {bound:.1e} is allowed")
+    for g, w in zip(got, want, strict=True):
+        # Sums of all positions are in fp32, whatever the case's dtype.
+        bound = TOLERANCE if g.dtype == torch.float32 else 2 * torch.finfo(g.dtype).eps
+        error = float((g.float() - w.float()).abs().max() / w.float().abs().max())
+        if not error <= bound:  # NaN is no less
+            raise ValueError(f"wrong by {error:.1e} of the largest, {bound:.1e} is allowed")
 
 
 def time_ms(run: Callable[[], object]) -> float:
@@ -275,7 +287,8 @@ def compile_all(
                 bar.update()
         with contextlib.suppress(multiprocessing.TimeoutError):
             why = library.get(left())
-            done += [(case, {"backend": "cuda"}, why) for case in rows]
+            cuda = {"backend": "cuda"}
+            done += [(case, cuda, why) for case in rows if cuda in rows[case]]
     works = [(case, row) for case, row, why in done if why is None]
     failed = [(case, row, why) for case, row, why in done if why is not None]
     return {c: [row for row in rows[c] if (c, row) in works] for c in rows}, failed
@@ -306,10 +319,14 @@ def measure(
     return times, failed
 
 
-def result(times: Sequence[tuple[float, Row]]) -> Row:
-    """A row of the file, of times of which the default's is the first."""
+def result(times: Sequence[tuple[float, Row]], apart: float | None = None) -> Row:
+    """A row of the file, of times of which the default's is the first.
+
+    `apart` is what the parts of a case take one after the other.
+    """
     best, launched = min((t for t in times if t[1]["backend"] == "triton"), key=lambda t: t[0])
     ms = {"triton": best} | {row["backend"]: t for t, row in times if row["backend"] != "triton"}
+    ms |= {} if apart is None else {"apart": apart}
     backend = min(ms, key=lambda name: ms[name])
     rivals = {"default": times[0][0]} | {name: t for name, t in ms.items() if name != backend}
     return launched | {
@@ -317,6 +334,14 @@ def result(times: Sequence[tuple[float, Row]]) -> Row:
         "ms": round(ms[backend], 5),
         "rival_ms": {name: round(t, 5) for name, t in rivals.items()},
     }
+
+
+def in_parts(case: Case, found: Mapping[Case, Row]) -> float | None:
+    """Milliseconds of dx and the weight's gradient one after the other, where both are known."""
+    if case.direction != "bwd":
+        return None
+    parts = [found.get(case._replace(direction=d)) for d in ("fwd", "bwd_weight")]
+    return None if None in parts else sum(row["ms"] for row in parts if row)
 
 
 # --- The file -------------------------------------------------------------------------
@@ -403,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
             times, wrong = measure(case, works[case], deadline)
             timed, failed = timed + len(times), failed + wrong
             if len(times) > 1:
-                found[case] = result(times)
+                found[case] = result(times, in_parts(case, found))
                 write(args.into, arch, where, case.key, found[case])
     finally:
         print(report(rows, found, timed, failed))

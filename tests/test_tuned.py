@@ -105,7 +105,7 @@ def test_the_file_of_the_package_is_well_formed():
         for (op, key), row in _runtime._read_tuned(arch).items():
             direction, kernel, dtype, C, shape = key
             assert op == "dwconv3d"
-            assert direction in ("fwd", "bwd_weight")
+            assert direction in ("fwd", "bwd_weight", "bwd")
             assert dtype in _runtime.DTYPES.values()
             assert (len(kernel), len(shape), type(C)) == (3, 3, int)
             assert row["ms"] <= min(row["rival_ms"].values())
@@ -119,6 +119,11 @@ def op():
     return pytest.importorskip("uniformer_kernels.dwconv3d_triton")
 
 
+@pytest.fixture
+def bwd():
+    return pytest.importorskip("uniformer_kernels.dwconv3d_bwd_triton")
+
+
 def test_without_a_row_launches_are_the_defaults(op):
     shape, kernel = (2, 8, 14, 14, 64), (3, 3, 3)
     default = op.fwd_config(shape, 64, kernel)
@@ -129,13 +134,14 @@ def test_without_a_row_launches_are_the_defaults(op):
     assert default != op.fwd_config(shape, 64, kernel, ROW)
 
 
-def test_sizes_are_no_larger_than_the_shape(op):
+def test_sizes_are_no_larger_than_the_shape(op, bwd):
     row = {"NH": 7, "NW": 14, "BLOCK_P": 2, "BLOCK_C": 128, "warps": 8}
     for config in (
         op.fwd_config((1, 2, 3, 5, 20), 20, (3, 3, 3), row),
-        op.bwd_weight_config((1, 2, 3, 5, 20), 20, 20, (3, 3, 3), 2, row),
+        bwd.tiles_config((1, 2, 3, 5, 20), 20, 20, (3, 3, 3), 2, row),
+        bwd.bwd_config((1, 2, 3, 5, 20), 20, 20, (3, 3, 3), 2, row),
     ):
-        got = {n: config.arguments[n] for n in tune.SIZES}
+        got = {"NH": 3} | {n: config.arguments[n] for n in tune.SIZES if n in config.arguments}
         assert got == {"NH": 3, "NW": 5, "BLOCK_P": 2, "BLOCK_C": 32}
         assert config.arguments["EVEN_W"]
         assert config.warps == 8
@@ -164,7 +170,7 @@ def test_measured_launches_compute_the_same(op, NH, NW, device, monkeypatch):
     for g, w in zip(run(row), want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-4)
     shape = ((1, 3, 3), torch.float32, 12, (1, 3, 14))
-    assert asked == 2 * [("fwd", *shape), ("fwd", *shape), ("bwd_weight", *shape)]
+    assert asked == 2 * [("fwd", *shape), ("bwd", *shape)]
     launched = [op.fwd(x, weight, bias, True, tuned=tuned) for tuned in (row, {}, None)]
     torch.testing.assert_close(launched[0], launched[1], rtol=1e-5, atol=1e-4)
     assert torch.equal(launched[0], launched[2])  # `row` is what is on file
@@ -193,11 +199,19 @@ def ran(monkeypatch):
             names.append(f"{self.name} bwd_weight")
             return torch.zeros(weight[0].numel() + 1, len(weight))
 
+        def bwd(self, dy, x, weight, residual):
+            names.append(f"{self.name} bwd")
+            return dy, torch.zeros(weight[0].numel() + 1, len(weight))
+
+        def in_one_pass(self, kernel, W):
+            return kernel == (3, 3, 3)
+
     module = sys.modules[dwconv3d.__module__]
     monkeypatch.setattr(_runtime, "_announced", set())
     monkeypatch.setattr(_runtime, "_current", "auto")
     monkeypatch.setattr(_runtime, "serving", lambda op, device: "triton")
     monkeypatch.setattr(module, "_triton", lambda: Kernels("triton"))
+    monkeypatch.setattr(module, "_triton_bwd", lambda: Kernels("triton"))
     monkeypatch.setattr(dwconv3d_native, "fwd_cuda", Kernels("cuda").fwd)
     monkeypatch.setattr(dwconv3d_native, "bwd_weight_cuda", Kernels("cuda").bwd_weight)
     return names
@@ -215,14 +229,19 @@ def say(monkeypatch, **backends):
     monkeypatch.setattr(_runtime, "why_not", lambda name: None)
 
 
-@pytest.mark.parametrize(("table", "kernels"), [
-    ({}, ["triton fwd", "triton dx", "triton bwd_weight"]),
-    ({"fwd": "cuda"}, ["cuda fwd", "cuda dx", "triton bwd_weight"]),
-    ({"fwd": "triton", "bwd_weight": "cuda"}, ["triton fwd", "triton dx", "cuda bwd_weight"]),
+@pytest.mark.parametrize(("k", "table", "kernels"), [
+    (5, {}, ["triton fwd", "triton dx", "triton bwd_weight"]),
+    (5, {"fwd": "cuda"}, ["cuda fwd", "cuda dx", "triton bwd_weight"]),
+    (5, {"fwd": "triton", "bwd_weight": "cuda"}, ["triton fwd", "triton dx", "cuda bwd_weight"]),
+    (3, {}, ["triton fwd", "triton bwd"]),
+    (3, {"fwd": "cuda"}, ["cuda fwd", "cuda dx", "triton bwd_weight"]),
+    (3, {"fwd": "cuda", "bwd": "triton"}, ["cuda fwd", "triton bwd"]),
+    (3, {"bwd": "apart"}, ["triton fwd", "triton dx", "triton bwd_weight"]),
+    (3, {"fwd": "cuda", "bwd_weight": "cuda"}, ["cuda fwd", "cuda dx", "cuda bwd_weight"]),
 ], ids=str)  # fmt: skip
-def test_auto_takes_the_backend_of_the_table(table, kernels, ran, monkeypatch, caplog):
+def test_auto_takes_the_backend_of_the_table(k, table, kernels, ran, monkeypatch, caplog):
     say(monkeypatch, **table)
-    step()
+    step(k)
     assert ran == kernels
     assert not caplog.records
 
@@ -232,15 +251,17 @@ def test_auto_takes_triton_where_the_library_cannot_run(ran, monkeypatch, caplog
     step(k=7)  # for which there is none
     monkeypatch.setattr(_runtime, "why_not", lambda name: f"no {name} here")
     step()
-    assert ran == 2 * ["triton fwd", "triton dx", "triton bwd_weight"]
+    assert ran == [
+        "triton fwd", "triton dx", "triton bwd_weight", "triton fwd", "triton bwd"
+    ]  # fmt: skip
     assert ["no cuda here" in r.message for r in caplog.records] == [False, True]  # once each
 
 
 def test_a_backend_that_was_asked_for_stays(ran, monkeypatch):
-    say(monkeypatch, fwd="cuda", bwd_weight="cuda")
+    say(monkeypatch, fwd="cuda", bwd_weight="cuda", bwd="apart")
     monkeypatch.setattr(_runtime, "_current", "triton")
     step()
-    assert ran == ["triton fwd", "triton dx", "triton bwd_weight"]
+    assert ran == ["triton fwd", "triton bwd"]
 
 
 # --- The tuner ------------------------------------------------------------------------
@@ -273,14 +294,16 @@ def test_a_dry_run_writes_a_valid_table(dry, monkeypatch):
     rows = _runtime._read_tuned(arch)
     keys = {
         ("dwconv3d", (direction, (3, 3, 3), dtype, 8, (1, 1, 7)))
-        for direction in ("fwd", "bwd_weight")
+        for direction in ("fwd", "bwd_weight", "bwd")
         for dtype in (torch.bfloat16, torch.float16)
     }
     assert keys <= set(rows)
     for key in keys:
         assert rows[key]["ms"] > 0
         assert rows[key]["rival_ms"]["default"] >= rows[key]["ms"]
-        assert all(type(rows[key][name]) is int for name in (*tune.SIZES, "warps"))
+        sizes = [name for name in tune.SIZES if name != "NH" or key[1][0] == "fwd"]
+        assert all(type(rows[key][name]) is int for name in (*sizes, "warps"))
+        assert ("apart" in (rows[key]["backend"], *rows[key]["rival_ms"])) == (key[1][0] == "bwd")
     assert "0 not tried" in said
     assert ("4 skipped" in said and "there is no CUDA device" in said) or GPU
 
@@ -296,10 +319,10 @@ def test_a_candidate_that_is_wrong_or_fails_is_skipped(wrong, op, monkeypatch):
     def launch(case, row, tensors):
         if row == rows[1] and wrong == "raises":
             raise RuntimeError("out of resources")
-        y = right(case, row, tensors)
+        (y,) = right(case, row, tensors)
         if row == rows[1]:
             y.view(-1)[-1] += 1 if wrong == "off" else float("nan")
-        return y
+        return (y,)
 
     monkeypatch.setattr(tune, "launch", launch)
     monkeypatch.setattr(tune, "time_ms", lambda run: 1.0)
@@ -346,24 +369,36 @@ def test_the_best_of_both_backends_is_kept():
     assert best["rival_ms"] == {"default": 3.0, "triton": 2.0}
     best = tune.result([*times, (2.2, {"backend": "cuda"})])
     assert best["rival_ms"] == {"default": 3.0, "cuda": 2.2}
+    best = tune.result(times, apart=1.5)
+    assert (best["backend"], best["ms"]) == ("apart", 1.5)
+    assert best["rival_ms"] == {"default": 3.0, "triton": 2.0}
+
+
+def test_one_pass_is_compared_with_its_parts():
+    case = CASE._replace(direction="bwd")
+    parts = {case._replace(direction=d): {"ms": ms} for d, ms in (("fwd", 1.0), ("bwd_weight", 2))}
+    assert tune.in_parts(case, parts) == 3.0
+    assert tune.in_parts(case, {CASE: {"ms": 1.0}}) is None
+    assert tune.in_parts(CASE, parts) is None
 
 
 def test_candidates_differ_and_are_few(op):
     cases = tune.list_cases(dry_run=False)
-    assert [case.dtype for case in cases] == 12 * ["bf16"] + 12 * ["fp16"]
+    assert [case.dtype for case in cases] == 16 * ["bf16"] + 16 * ["fp16"]
     assert cases[0].key == "fwd 5x5x5 bf16 64 8x56x56"
     for case in cases:
         rows = tune.rows_of(case)
-        assert 8 <= len(rows) <= 17
+        assert 6 <= len(rows) <= 17
         assert all(row not in rows[:i] for i, row in enumerate(rows))
         *_, H, W, _ = case.shape
+        assert (rows[-1] == {"backend": "cuda"}) == (case.direction != "bwd")
         for row in rows[:-1]:
             # A lane of every thread, and no more sums than a thread has registers.
             lanes = row["BLOCK_P"] * row["BLOCK_C"] / 32 / row["warps"]
             assert lanes >= 1
-            assert row["NH"] * row["NW"] * lanes <= 128
-            assert (row["NH"] <= H, row["NW"] <= W) == (True, True)
-        assert rows[-1] == {"backend": "cuda"}
+            rows_of_x = row.get("NH", 1)
+            assert rows_of_x * row["NW"] * lanes <= 128
+            assert (rows_of_x <= H, row["NW"] <= W) == (True, True)
 
 
 def test_time_that_is_up_is_said(op, tmp_path, capsys, monkeypatch):

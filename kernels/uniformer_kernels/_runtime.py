@@ -325,7 +325,7 @@ def _checked_row(key: str, row: Row) -> Row:
     whole = all(type(n) is int and n > 0 for n in sizes.values())
     powers = [n for name, n in sizes.items() if name.startswith("BLOCK_") or name == "warps"]
     if (
-        row["backend"] not in ("triton", "cuda", "sdpa")
+        row["backend"] not in ("triton", "cuda", "sdpa", "apart")
         or not whole
         or any(n & (n - 1) for n in powers)
     ):

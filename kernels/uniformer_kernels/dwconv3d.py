@@ -31,6 +31,7 @@ MAX_KERNEL = 9  # the largest tube size of the paper's ablation
 
 _runtime.register("dwconv3d", {"cuda": ("triton", "cuda"), "cpu": ("native", "triton")})
 _triton = partial(_runtime.triton_kernels, "dwconv3d")
+_triton_bwd = partial(_runtime.triton_kernels, "dwconv3d_bwd")
 
 
 # --- Reference ------------------------------------------------------------------------
@@ -139,6 +140,18 @@ def _served_by(direction: str, x: Tensor, weight: Tensor) -> str:
     return served_by
 
 
+def _in_one_pass(by_dx: str, by_dw: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether one kernel is to make both gradients: where it was measured faster, or might be."""
+    kernel = weight.shape[2:]
+    if "triton" not in (by_dx, by_dw) or not _triton_bwd().in_one_pass(kernel, x.shape[3]):
+        return False
+    if _runtime.current_backend() == "auto":
+        key = ("bwd", kernel, x.dtype, x.shape[4], x.shape[1:4])
+        if tuned := _runtime.tuned("dwconv3d", key, x.device):
+            return tuned["backend"] == "triton"
+    return by_dx == by_dw
+
+
 def _fwd_by(
     served_by: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool,
     mirror: bool = False,
@@ -152,7 +165,7 @@ def _fwd_by(
 
 def _bwd_weight_by(served_by: str, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if served_by == "triton":
-        return _triton().bwd_weight(dy, x, weight)
+        return _triton_bwd().bwd_weight(dy, x, weight)
     if served_by == "cuda":
         return dwconv3d_native.bwd_weight_cuda(dy, x, weight)
     return dwconv3d_native.bwd_weight_cpu(dy, x, weight)
@@ -175,10 +188,14 @@ def _bwd_kernel(
         return dx, dw.zero_(), db.zero_()
     if by_dw == "reference":
         return _bwd_pytorch(dy, x, weight, residual, with_dx, with_dw)
-    if with_dx:
-        dx = _fwd_by(by_dx, dy, weight, None, residual, mirror=True)
-    if with_dw:
-        grads = _bwd_weight_by(by_dw, dy, x, weight)  # (taps + 1, C), the bias last
+    if with_dx and with_dw and _in_one_pass(by_dx, by_dw, x, weight):
+        dx, grads = _triton_bwd().bwd(dy, x, weight, residual)
+    else:
+        if with_dx:
+            dx = _fwd_by(by_dx, dy, weight, None, residual, mirror=True)
+        if with_dw:
+            grads = _bwd_weight_by(by_dw, dy, x, weight)
+    if with_dw:  # (taps + 1, C), the bias last
         dw.copy_(grads[:-1].t().unflatten(1, (1, *weight.shape[2:])))
         db.copy_(grads[-1])
     return dx, dw, db

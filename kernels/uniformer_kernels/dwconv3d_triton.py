@@ -1,16 +1,14 @@
-"""Triton kernels of `dwconv3d`.
+"""The Triton kernel of `dwconv3d`, forward; gradients are in `dwconv3d_bwd_triton.py`.
 
 A program slides along W: NW outputs of a row are sums of their own in registers, so that the
 NW + KW - 1 elements it loads of a row of x serve NW * KW products. Its lanes are BLOCK_P tiles by
-BLOCK_C channels. For the gradient of the weight, ROWS x KW sums stay in registers instead, while
-a program walks over its share of all positions; shares are summed in a second stage, in one order.
+BLOCK_C channels.
 
 Shapes: B clips, T frames, H rows, W columns, C channels; kernel KT x KH x KW.
 """
 
 # mypy: disable-error-code="assignment"
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,14 +21,17 @@ from triton import cdiv
 from uniformer_kernels import _runtime
 from uniformer_kernels._norm import merge_stats
 
-__all__ = ["bwd_weight", "bwd_weight_config", "fwd", "fwd_config", "fwd_with_stats"]
+__all__ = [
+    "Config", "Shape", "Tuned", "column", "fwd", "fwd_config", "fwd_with_stats", "packed",
+    "readable", "tile_of", "tuned_for",
+]  # fmt: skip
 
 
-# --- Kernels --------------------------------------------------------------------------
+# --- Kernel ---------------------------------------------------------------------------
 
 
 @triton.jit
-def _column(
+def column(
     at, mask, w0, W,
     n: tl.constexpr, STRIDE_XW: tl.constexpr,
     KW: tl.constexpr, NW: tl.constexpr, EVEN_W: tl.constexpr,
@@ -81,7 +82,7 @@ def _dwconv3d_fwd_kernel(
             at = frame + (from_h.to(tl.int64) * stride_xh)[:, None]
             xs = ()
             for n in tl.static_range(NW + KW - 1):
-                xs = xs + (_column(at, mask, w0, W, n, STRIDE_XW, KW, NW, EVEN_W),)
+                xs = xs + (column(at, mask, w0, W, n, STRIDE_XW, KW, NW, EVEN_W),)
             for j in tl.static_range(KH):
                 if (r - j >= 0) and (r - j < NH):
                     for k in tl.static_range(KW):
@@ -133,84 +134,6 @@ def _dwconv3d_fwd_kernel(
         tl.store(stats + 2 * C, tl.sum(squares, axis=0), mask=c < C)
 
 
-@triton.jit
-def _dwconv3d_bwd_weight_kernel(
-    DY, X, Partial,
-    stride_dyb, stride_dyt, stride_dyh,
-    stride_xb, stride_xt, stride_xh,
-    T, H, W, tiles_h, tiles_w, tiles,
-    C: tl.constexpr, STRIDE_DYW: tl.constexpr, STRIDE_XW: tl.constexpr,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ROWS: tl.constexpr,
-    NH: tl.constexpr, NW: tl.constexpr, EVEN_W: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Partial is (splits, KT * KH * KW + 1, C), last the bias; a program does ROWS of KH rows.
-
-    Programs that differ only in what they take of the kernel are neighbours: they share dy and x
-    in the second-level cache.
-    """
-    GROUPS: tl.constexpr = (KH + ROWS - 1) // ROWS
-    i = tl.program_id(0) % KT
-    j0 = tl.program_id(0) // KT % GROUPS * ROWS
-    c = tl.program_id(0) // KT // GROUPS * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = (c < C)[None, :] | (C % BLOCK_C == 0)
-    split = tl.program_id(1)
-
-    acc = (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),) * (ROWS * KW)
-    db = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for first in range(split * BLOCK_P, tiles, tl.num_programs(1) * BLOCK_P):
-        tile = first + tl.arange(0, BLOCK_P)
-        w0 = tile % tiles_w * NW
-        h0 = tile // tiles_w % tiles_h * NH
-        bt = tile // tiles_w // tiles_h
-        t, b = bt % T, (bt // T).to(tl.int64)
-        from_t = t + i - KT // 2
-        in_t = (from_t >= 0) & (from_t < T) & (tile < tiles)
-
-        at = (
-            DY
-            + (b * stride_dyb + t.to(tl.int64) * stride_dyt + h0.to(tl.int64) * stride_dyh)[:, None]
-        )
-        at = at + (w0 * STRIDE_DYW)[:, None] + c[None, :]  # (BLOCK_P, BLOCK_C)
-        dys = ()
-        for s in tl.static_range(NH * NW):
-            h, w = h0 + s // NW, w0 + s % NW
-            mask = ((tile < tiles) & (h < H) & ((w < W) | EVEN_W))[:, None] & in_c
-            dy = tl.load(at + (s // NW * stride_dyh + s % NW * STRIDE_DYW), mask=mask, other=0.0)
-            dy = dy.to(tl.float32)
-            dys = dys + (dy,)
-            db += dy
-
-        frame = X + (b * stride_xb + from_t.to(tl.int64) * stride_xt + w0 * STRIDE_XW)[:, None]
-        frame = frame + c[None, :]
-        for r in tl.static_range(NH + ROWS - 1):
-            from_h = h0 + j0 + r - KH // 2
-            mask = (in_t & (from_h >= 0) & (from_h < H))[:, None] & in_c
-            at = frame + (from_h.to(tl.int64) * stride_xh)[:, None]
-            for n in tl.static_range(NW + KW - 1):
-                x = _column(at, mask, w0, W, n, STRIDE_XW, KW, NW, EVEN_W)
-                new = ()
-                for s in tl.static_range(ROWS * KW):
-                    # Of dy's NH x NW run, row r - j and column n - k meet tap (j, k).
-                    if (
-                        (r - s // KW >= 0)
-                        and (r - s // KW < NH)
-                        and (n - s % KW >= 0)
-                        and (n - s % KW < NW)
-                    ):
-                        new = new + (acc[s] + dys[(r - s // KW) * NW + n - s % KW] * x,)
-                    else:
-                        new = new + (acc[s],)
-                acc = new
-
-    out = Partial + split.to(tl.int64) * (KT * KH * KW + 1) * C + c
-    for s in tl.static_range(ROWS * KW):
-        j = j0 + s // KW
-        tap = (i * KH + j) * KW + s % KW
-        tl.store(out + tap * C, tl.sum(acc[s], axis=0), mask=(c < C) & (j < KH))
-    tl.store(out + KT * KH * KW * C, tl.sum(db, axis=0), mask=(c < C) & (i == 0) & (j0 == 0))
-
-
 # --- Launch ---------------------------------------------------------------------------
 
 # 4 tiles x 64 channels on 4 warps: 2 channels a lane. A tile is NH x NW = 4 x 7 outputs, so that a
@@ -219,8 +142,6 @@ def _dwconv3d_bwd_weight_kernel(
 # Counted for sm_90 by benchmarks/static_cost.py. Where benchmarks/tune.py has timed a shape, what
 # it found fastest is in tuned.json and goes before these.
 BLOCK_P, BLOCK_C, WARPS = 4, 64, 4
-SUMS = 25  # of the weight that a program holds in registers
-PROGRAMS_PER_SM = 4
 
 Shape = tuple[int, ...]
 Tuned = Mapping[str, Any]  # a row of tuned.json: NH, NW, BLOCK_P, BLOCK_C, warps, any of them
@@ -235,13 +156,13 @@ class Config(NamedTuple):
 
 
 def _run_length(W: int) -> int:
-    """Outputs along W that a program holds: 7 divides every width of the network at 224."""
+    """Elements along W that a program holds: 7 divides every width of the network at 224."""
     if W % 7 == 0:
         return 7
     return 8 if W >= 8 else W
 
 
-def _tile(shape: Shape, rows: int, tuned: Tuned | None) -> tuple[int, int, int, int, int]:
+def tile_of(shape: Shape, rows: int, tuned: Tuned | None) -> tuple[int, int, int, int, int]:
     """NH (`rows` by default), NW, BLOCK_P, BLOCK_C and warps, no larger than the shape needs."""
     *_, H, W, C = shape
     tuned = tuned or {}
@@ -256,7 +177,7 @@ def fwd_config(shape: Shape, stride_w: int, kernel: Shape, tuned: Tuned | None =
     """How `fwd` is launched on x (B, T, H, W, C), whose columns are `stride_w` apart."""
     B, T, H, W, C = shape
     rows = 4 if kernel[1] <= 5 else 1  # 81 taps x 4 rows would not fit the code cache
-    NH, NW, block_p, block_c, warps = _tile(shape, rows, tuned)
+    NH, NW, block_p, block_c, warps = tile_of(shape, rows, tuned)
     tiles_h, tiles_w = cdiv(H, NH), cdiv(W, NW)
     tiles = B * T * tiles_h * tiles_w
     arguments = {
@@ -267,39 +188,18 @@ def fwd_config(shape: Shape, stride_w: int, kernel: Shape, tuned: Tuned | None =
     return Config((cdiv(tiles, block_p) * cdiv(C, block_c),), arguments, warps)
 
 
-def bwd_weight_config(
-    shape: Shape, stride_dyw: int, stride_xw: int, kernel: Shape, multiprocessors: int,
-    tuned: Tuned | None = None,
-) -> Config:  # fmt: skip
-    """How `bwd_weight` is launched on x (B, T, H, W, C); grid (programs, splits)."""
-    B, T, H, W, C = shape
-    KT, KH, KW = kernel
-    NH, NW, block_p, block_c, warps = _tile(shape, 4, tuned)
-    rows = min(KH, max(SUMS // KW, 1))
-    tiles_h, tiles_w = cdiv(H, NH), cdiv(W, NW)
-    tiles = B * T * tiles_h * tiles_w
-    programs = KT * cdiv(KH, rows) * cdiv(C, block_c)
-    splits = max(min(multiprocessors * PROGRAMS_PER_SM // programs, cdiv(tiles, block_p)), 1)
-    arguments = {
-        "T": T, "H": H, "W": W, "C": C, "tiles_h": tiles_h, "tiles_w": tiles_w, "tiles": tiles,
-        "STRIDE_DYW": stride_dyw, "STRIDE_XW": stride_xw, "KT": KT, "KH": KH, "KW": KW,
-        "ROWS": rows, "NH": NH, "NW": NW, "EVEN_W": W % NW == 0,
-        "BLOCK_P": block_p, "BLOCK_C": block_c,
-    }  # fmt: skip
-    return Config((programs, splits), arguments, warps)
-
-
-def _packed(weight: Tensor) -> Tensor:
+def packed(weight: Tensor) -> Tensor:
     """(C, 1, kt, kh, kw) -> (taps, C): lanes are channels."""
     return weight.flatten(1).t().contiguous()
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """Channels side by side, other strides as they are."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _tuned(direction: str, x: Tensor, kernel: Shape) -> Tuned | None:
+def tuned_for(direction: str, x: Tensor, kernel: Shape) -> Tuned | None:
+    """The row of tuned.json for x and a kernel."""
     key = (direction, kernel, x.dtype, x.shape[4], x.shape[1:4])
     return _runtime.tuned("dwconv3d", key, x.device)
 
@@ -328,37 +228,17 @@ def _fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, mirror: bool,
     tuned: Tuned | None, with_stats: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    x, kernel = _readable(x), weight.shape[2:]
+    x, kernel = readable(x), weight.shape[2:]
     y = x.new_empty(x.shape)
     bias = None if bias is None else bias.contiguous()
-    tuned = _tuned("fwd", x, kernel) if tuned is None else tuned
+    tuned = tuned_for("fwd", x, kernel) if tuned is None else tuned
     grid, arguments, warps = fwd_config(x.shape, x.stride(3), kernel, tuned)
     C = x.shape[-1]
     programs = grid[0] // cdiv(C, arguments["BLOCK_C"])
     stats = x.new_empty(programs, 3, C, dtype=torch.float32) if with_stats else None
     with _runtime.on_device(x):
         _dwconv3d_fwd_kernel[grid](
-            x, _packed(weight), bias, y, stats, *x.stride()[:3],
+            x, packed(weight), bias, y, stats, *x.stride()[:3],
             **arguments, MIRROR=mirror, RESIDUAL=residual, num_warps=warps,
         )  # fmt: skip
     return y, stats
-
-
-def bwd_weight(dy: Tensor, x: Tensor, weight: Tensor, tuned: Tuned | None = None) -> Tensor:
-    """Gradients of the weight, and last of the bias, (taps + 1, C) fp32; dy and x not empty.
-
-    `tuned` as in `fwd`.
-    """
-    dy, x = _readable(dy), _readable(x)
-    C, kernel = weight.shape[0], weight.shape[2:]
-    tuned = _tuned("bwd_weight", x, kernel) if tuned is None else tuned
-    multiprocessors = _runtime.multiprocessors(x)
-    grid, arguments, warps = bwd_weight_config(
-        x.shape, dy.stride(3), x.stride(3), kernel, multiprocessors, tuned
-    )
-    partial = x.new_empty(grid[1], math.prod(kernel) + 1, C, dtype=torch.float32)
-    with _runtime.on_device(x):
-        _dwconv3d_bwd_weight_kernel[grid](
-            dy, x, partial, *dy.stride()[:3], *x.stride()[:3], **arguments, num_warps=warps
-        )
-    return partial.sum(0)
