@@ -129,7 +129,8 @@ def _pointwise_cases(M: int, C: int) -> Iterator[Case]:
         options(config),
     )
     config = op.bwd_input_config(M, C, C)
-    pointers = {"DY": "bf16", "Weight": "bf16", "X": "fp32", "Scale": None, "DX": "fp32"}
+    pointers = {"DY": "bf16", "Weight": "bf16", "X": "fp32", "Scale": None, "More": "fp32"}
+    pointers |= {"DX": "fp32"}
     arguments = pointers | NORM | THROUGH | rows | config.arguments
     yield (
         f"pointwise_bwd_input bf16 rows C={C}",

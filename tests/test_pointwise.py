@@ -10,6 +10,7 @@ from uniformer_kernels import (
     backend,
     channel_stats,
     pointwise,
+    pointwise_fork,
     pointwise_stats,
     products_native,
 )
@@ -249,6 +250,73 @@ def test_batched_gradients_and_the_transforms_run(device):
     torch.testing.assert_close(mapped, y.detach())
 
 
+# --- A branch and its residual --------------------------------------------------------
+
+
+def branch(fork, of_rows=False):
+    """x plus a product of it: as `pointwise_fork` has it, or as autograd adds it up."""
+
+    def run(x, weight, bias, gamma, beta):
+        stats = None if of_rows else channel_stats(x)
+        norm = Norm(stats, gamma, beta, per_row=of_rows)
+        op = pointwise_fork if fork else lambda *args, **kwargs: (pointwise(*args, **kwargs), x)
+        y, kept = op(x, weight, bias, norm=norm, scale=drop(x))
+        return kept.sin() + y.cos()
+
+    return run
+
+
+@pytest.mark.parametrize("of_rows", [False, True], ids=["batch norm", "layer norm"])
+def test_a_fork_adds_what_comes_back(of_rows, device, chosen):
+    tensors = inputs((3, 2, 5, 7, 24), 24, device)[:5]
+    assert_matches(branch(True, of_rows), branch(False, of_rows), tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fork_without_a_norm(dtype, device, chosen):
+    if chosen == "triton" and not GPU and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter gets bf16 wrong")
+
+    def run(x, weight):
+        y, kept = pointwise_fork(x, weight)
+        return torch.cat([y, kept * 2], -1)
+
+    def ref(x, weight):
+        return torch.cat([pointwise_ref(x, weight), x * 2], -1)
+
+    assert_matches(run, ref, inputs((2, 1, 5, 7, 16), 8, device, dtype)[:2])
+
+
+def test_a_fork_is_one_node_and_copies_nothing(device):
+    x, weight, *_ = inputs((2, 1, 4, 4, 8), 8, device)
+    y, kept = pointwise_fork(x.requires_grad_(), weight.requires_grad_())
+    assert kept.grad_fn is y.grad_fn
+    assert kept.data_ptr() == x.data_ptr()
+    (alone,) = torch.autograd.grad(kept.sum(), x, retain_graph=True)  # y is not used
+    assert torch.equal(alone, torch.ones_like(x))
+    (dx,) = torch.autograd.grad(y.sum(), x)  # nor is x
+    want = torch.autograd.grad(pointwise(x, weight).sum(), x)[0]
+    assert torch.equal(dx, want)
+
+
+def test_a_fork_of_what_needs_no_gradient_needs_none(device):
+    x, weight, *_ = inputs((2, 1, 4, 4, 8), 8, device)
+    y, kept = pointwise_fork(x, weight.requires_grad_())
+    assert kept is x
+    y.sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        assert pointwise_fork(x.requires_grad_(), weight)[1] is x
+
+
+def test_a_fork_compiles(device):
+    leaves = [t.requires_grad_() for t in inputs((3, 2, 3, 5, 8), 8, device)[:5]]
+    compiled = torch.compile(branch(True), backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(*leaves).sum(), leaves)
+    want = torch.autograd.grad(branch(False)(*leaves).sum(), leaves)
+    torch.testing.assert_close(got, want)
+
+
 # --- Compilers ------------------------------------------------------------------------
 
 
@@ -264,7 +332,8 @@ def test_opcheck(device):
     dy = torch.randn(2, 2, 3, 5, 6, device=device)
     plain = [t.detach() for t in (x, weight)]
     for wanted in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(_bwd.op, (dy, *plain, *none, scale, dtype, *wanted))
+        for more in (None, torch.randn_like(plain[0])):
+            torch.library.opcheck(_bwd.op, (dy, *plain, *none, scale, more, dtype, *wanted))
 
 
 def test_compiles_without_graph_breaks(device):

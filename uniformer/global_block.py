@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from uniformer.configs import UniFormerConfig
 from uniformer.layers import DPE, FFN, DropPath, GlobalMHRA, runs_fused, why_not_around
-from uniformer_kernels import Norm, attention, ffn, pointwise
+from uniformer_kernels import Norm, attention, ffn, pointwise, pointwise_fork
 
 __all__ = ["GlobalBlock", "SplitBlock"]
 
@@ -58,14 +58,15 @@ class GlobalBlock(nn.Module):
         """The same on operators that do more at a time."""
         shape, tokens = x.shape, self.pos_embed(x).flatten(1, -2)
         attn, fc1, fc2 = self.attn, self.mlp.fc1, self.mlp.fc2
-        # Nested, so that without gradients the memory of what has been read is used again.
-        tokens = pointwise(
-            attention(
-                pointwise(tokens, attn.qkv.weight, attn.qkv.bias, norm=_norm(self.norm1)),
-                attn.num_heads, attn.scale, attn.dropout(),
-            ),
-            attn.proj.weight, attn.proj.bias, scale=self.drop_path.draw(tokens), residual=tokens,
+        # One name for all that is passed on, so that without gradients its memory is used again.
+        y, tokens = pointwise_fork(
+            tokens, attn.qkv.weight, attn.qkv.bias, norm=_norm(self.norm1)
         )  # fmt: skip
+        y = attention(y, attn.num_heads, attn.scale, attn.dropout())
+        tokens = pointwise(
+            y, attn.proj.weight, attn.proj.bias, scale=self.drop_path.draw(tokens), residual=tokens,
+        )  # fmt: skip
+        del y
         tokens = ffn(
             tokens, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm=_norm(self.norm2),
             scale=self.drop_path.draw(tokens), residual=True,

@@ -33,6 +33,7 @@ from uniformer_kernels import (
     dwconv3d_stats,
     ffn,
     pointwise,
+    pointwise_fork,
     pointwise_stats,
     sync_stats,
 )
@@ -86,14 +87,11 @@ class LocalBlock(nn.Module):
         x, stats = self._dpe(x)
         conv1, conv2, fc1, fc2 = self.conv1, self.conv2, self.mlp.fc1, self.mlp.fc2
         run = pointwise_stats if _of_batch(self.norm2) else _without(pointwise)
-        # Nested, so that without gradients the memory of what has been read is used again.
-        x, stats = run(
-            dwconv3d(
-                pointwise(x, conv1.weight, conv1.bias, norm=_norm(self.norm1, stats, x)),
-                self.attn.weight, self.attn.bias,
-            ),
-            conv2.weight, conv2.bias, scale=self.drop_path.draw(x), residual=x,
-        )  # fmt: skip
+        # One name for all that is passed on, so that without gradients its memory is used again.
+        y, x = pointwise_fork(x, conv1.weight, conv1.bias, norm=_norm(self.norm1, stats, x))
+        y = dwconv3d(y, self.attn.weight, self.attn.bias)
+        x, stats = run(y, conv2.weight, conv2.bias, scale=self.drop_path.draw(x), residual=x)
+        del y
         return ffn(
             x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm=_norm(self.norm2, stats, x),
             scale=self.drop_path.draw(x), residual=True,

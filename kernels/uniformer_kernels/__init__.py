@@ -12,7 +12,7 @@ from uniformer_kernels.attention import attention, attention_qkv
 from uniformer_kernels.dwconv3d import MAX_KERNEL, dwconv3d, dwconv3d_stats
 from uniformer_kernels.ffn import ffn
 from uniformer_kernels.patch_embed import Pixels, patch_embed
-from uniformer_kernels.pointwise import pointwise, pointwise_stats
+from uniformer_kernels.pointwise import pointwise, pointwise_fork, pointwise_stats
 
 __all__ = [
     "MAX_KERNEL",
@@ -29,6 +29,7 @@ __all__ = [
     "ffn",
     "patch_embed",
     "pointwise",
+    "pointwise_fork",
     "pointwise_stats",
     "product_dtype",
     "report",

@@ -165,8 +165,10 @@ class Chunks:
         return dx
 
 
-def through_norm(g: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str) -> None:
-    """g (M, C), the gradient of xhat, becomes that of x."""
+def through_norm(
+    g: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str, more: Tensor | None
+) -> None:
+    """g (M, C), the gradient of xhat, becomes that of x, and `more` is added."""
     shift, slope = sums.through(norm, len(x), group)
     chunks = Chunks(None, x, x.dtype)
     buffer = chunks.buffer(x.shape[1], norm.mean.dtype)
@@ -176,6 +178,8 @@ def through_norm(g: Tensor, x: Tensor, norm: Prologue, sums: Sums, group: str) -
             g[rows].sub_(shift).mul_(norm.rstd).addcmul_(d, slope)
         else:
             g[rows] = (g[rows] - shift) * norm.rstd + d * slope
+        if more is not None:
+            g[rows] += more[rows]
 
 
 def fitted(found: Tensor | None, like: Tensor, wanted: bool) -> Tensor:

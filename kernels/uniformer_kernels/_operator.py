@@ -68,6 +68,12 @@ class Operator:
             return self.op(*args)
         return self.function.apply(*args) if _needs_gradient(args) else self.kernel(*args)
 
+    def goes_straight(self, args: Sequence) -> bool:
+        """Whether a call goes past the dispatcher to a `torch.autograd.Function`."""
+        if torch.compiler.is_compiling() or _runtime.functorch_is_active():
+            return False
+        return _only_autograd_listens(args) and _needs_gradient(args)
+
     def below_autograd(self, *args: Any) -> Any:
         """What a gradient's forward calls."""
         if not torch.compiler.is_compiling() and _only_autograd_listens(args):

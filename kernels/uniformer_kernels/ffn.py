@@ -124,13 +124,11 @@ def _bwd_chunked(
             if dx is not None:
                 dx[rows] = g + dy[rows] if residual else g
         elif dx is not None:
-            product_into(dx[rows], dh, c1, None, buffer)
+            added = dy[rows] if residual and norm is None else None
+            product_into(dx[rows], dh, c1, None, buffer, added)
     sums = chunks.sums(G, db1, w1)
-    if dx is not None and not chunks.per_row:
-        if norm is not None:
-            through_norm(dx, x, norm, sums, group)
-        if residual:
-            dx += dy
+    if dx is not None and norm is not None and not chunks.per_row:
+        through_norm(dx, x, norm, sums, group, dy if residual else None)
     return dx, sums, db1, dw2, db2
 
 

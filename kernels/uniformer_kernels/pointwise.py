@@ -46,7 +46,7 @@ from uniformer_kernels._norm import (
 )
 from uniformer_kernels._operator import Operator, once_differentiable
 
-__all__ = ["pointwise", "pointwise_ref", "pointwise_stats"]
+__all__ = ["pointwise", "pointwise_fork", "pointwise_ref", "pointwise_stats"]
 
 _runtime.register(
     "pointwise", {"cuda": ("triton", "chunked"), "cpu": ("native", "chunked", "triton")}
@@ -89,9 +89,12 @@ def _fwd_chunked(
 
 def _bwd_chunked(
     dy: Tensor, x: Tensor, weight: Tensor, norm: Prologue | None, scale: Tensor | None,
-    dtype: torch.dtype, group: str, with_dx: bool, with_dw: bool,
+    more: Tensor | None, dtype: torch.dtype, group: str, with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor | None, Sums, Tensor]:  # fmt: skip
-    """dx (M, K) in x's dtype, the gradients of the weight (N, K) and norm, and of the bias (N,)."""
+    """dx (M, K) in x's dtype, the gradients of the weight (N, K) and norm, and of the bias (N,).
+
+    `more` (M, K) is added to dx.
+    """
     chunks = Chunks(norm, x, compute_dtype(x, dtype))
     exact = torch.promote_types(torch.float32, chunks.dtype)
     dx = x.new_empty(x.shape) if with_dx else None
@@ -107,12 +110,13 @@ def _bwd_chunked(
         if chunks.per_row:
             g = chunks.through_rows(rows, product(d, cast, None, buffer))
             if dx is not None:
-                dx[rows] = g
+                dx[rows] = g if more is None else g + more[rows]
         elif dx is not None:
-            product_into(dx[rows], d, cast, None, buffer)
+            added = some(more, rows) if norm is None else None
+            product_into(dx[rows], d, cast, None, buffer, added)
     sums = chunks.sums(G, db, weight)
     if dx is not None and norm is not None and not chunks.per_row:
-        through_norm(dx, x, norm, sums, group)
+        through_norm(dx, x, norm, sums, group, more)
     return dx, sums, db
 
 
@@ -122,8 +126,7 @@ def _bwd_chunked(
 def _fwd_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, eps: float, of_batch: bool, group: str, per_row: bool,
-    scale: Tensor | None,
-    residual: Tensor | None, with_stats: bool, dtype: torch.dtype,
+    scale: Tensor | None, residual: Tensor | None, with_stats: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     norm = Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row)
     rows, weight = x.reshape(-1, x.shape[-1]), weight.flatten(1)
@@ -154,16 +157,16 @@ def _fwd_fake(
 def _bwd_kernel(
     dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, eps: float, of_batch: bool, group: str, per_row: bool,
-    scale: Tensor | None,
-    dtype: torch.dtype, with_dx: bool, with_dw: bool,
+    scale: Tensor | None, more: Tensor | None, dtype: torch.dtype, with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx in x's dtype; gradients of weight, bias, gamma and beta in the weight's.
+    """dx in x's dtype, plus `more`; gradients of weight, bias, gamma and beta in the weight's.
 
     Those that are not wanted come with no elements.
     """
     norm = Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row)
     rows, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1)
-    arguments = (dy.reshape(-1, len(weight)), rows, matrix, norm, scale, dtype, group)
+    more = None if more is None else more.reshape(rows.shape)
+    arguments = (dy.reshape(-1, len(weight)), rows, matrix, norm, scale, more, dtype, group)
     with torch.autocast(x.device.type, enabled=False):
         run = _bwd_chunked if serves("pointwise", x, dtype) else _triton().bwd
         dx, sums, db = run(*arguments, with_dx, with_dw)
@@ -178,8 +181,9 @@ def _bwd_kernel(
 
 
 def _bwd_fake(
-    dy, x, weight, stats, gamma, beta, eps, of_batch, group, per_row, scale, dtype, with_dx, with_dw
-):
+    dy, x, weight, stats, gamma, beta, eps, of_batch, group, per_row, scale, more, dtype, with_dx,
+    with_dw,
+):  # fmt: skip
     N, normed = weight.shape[0], with_dw and (stats is not None or per_row)
     channels = x.shape[-1] if normed else 0
     return (
@@ -198,7 +202,8 @@ _fwd = Operator(
 )  # fmt: skip
 _bwd = Operator(
     f"pointwise_bwd(Tensor dy, Tensor x, Tensor weight, {SCHEMA}, Tensor? scale,"
-    " ScalarType dtype, bool with_dx, bool with_dw) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? more, ScalarType dtype, bool with_dx, bool with_dw)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_kernel, _bwd_fake,
 )  # fmt: skip
 
@@ -216,7 +221,7 @@ class _Fwd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, _):
+    def backward(ctx, dy, _, more=None):
         *tensors, scale = ctx.saved_tensors  # x, weight, stats, gamma, beta
         constants, dtype = ctx.rest
         wanted = ctx.needs_input_grad
@@ -224,12 +229,22 @@ class _Fwd(torch.autograd.Function):
         dx = dw = db = dgamma = dbeta = None
         with_dw = for_weight or for_bias or for_gamma or for_beta
         if for_x or with_dw:
-            dx, dw, db, dgamma, dbeta = _bwd(dy, *tensors, *constants, scale, dtype, for_x, with_dw)
+            dx, dw, db, dgamma, dbeta = _bwd(
+                dy, *tensors, *constants, scale, more, dtype, for_x, with_dw
+            )
         return (
             dx if for_x else None, dw if for_weight else None, db if for_bias else None, None,
             dgamma if for_gamma else None, dbeta if for_beta else None, *(None,) * 5,
             dy if for_residual else None, None, None,
         )  # fmt: skip
+
+
+class _Fork(_Fwd):
+    """x is a result too, and what comes back for it goes into the gradient of x as that is made."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        return *_Fwd.forward(ctx, *args), args[0]
 
 
 @register_flop_formula(_fwd.packet)
@@ -294,6 +309,35 @@ def pointwise_stats(
     if x.numel() == 0:
         raise ValueError(f"x must have elements to have statistics, got {tuple(x.shape)}")
     return _run(x, weight, bias, norm, scale, residual, True)
+
+
+def pointwise_fork(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None,
+    scale: Tensor | None = None, residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`pointwise`, and x, which is to be used in place of x by whatever else needs it.
+
+    Backward, the gradient that comes back for that x is added to this operator's own before it is
+    stored, where autograd would read both again and store their sum: 2 activations instead of 5.
+    The residual around a branch is such a use.
+
+    Arguments are those of `pointwise`.
+
+    Returns:
+        The result of `pointwise`, and x, not a copy.
+
+    Raises:
+        ValueError: as `pointwise`.
+    """
+    _check(x, weight, bias, norm, scale, residual)
+    dtype, plain = prepare("pointwise", x, norm)
+    if plain:
+        return pointwise_ref(x, weight, bias, norm=norm, scale=scale, residual=residual), x
+    args = (x, weight, bias, *(norm or NO_NORM), scale, residual, False, dtype)
+    if x.requires_grad and _fwd.goes_straight(args):
+        y, _, x = _Fork.apply(*args)
+        return y, x
+    return _fwd(*args)[0], x  # a compiler fuses the sum itself, or leaves it
 
 
 def _run(

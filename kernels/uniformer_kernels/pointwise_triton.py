@@ -111,7 +111,7 @@ def _pointwise_bwd_weight_kernel(
 
 @triton.jit
 def _pointwise_bwd_input_kernel(
-    DY, Weight, X, Mean, Rstd, Shift, Slope, Scale, DX,
+    DY, Weight, X, Mean, Rstd, Shift, Slope, Scale, More, DX,
     M, R,
     K: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -130,6 +130,8 @@ def _pointwise_bwd_input_kernel(
     acc = scaled(acc, Scale, m, M, R)
     if Mean is not None:
         acc = through_norm(acc, rows_of(X, m, M, k, K), Mean, Rstd, Shift, Slope, k, K)
+    if More is not None:
+        acc += rows_of(More, m, M, k, K)
     store_rows(acc, DX, m, M, k, K)
 
 
@@ -192,9 +194,12 @@ def fwd(
 
 def bwd(
     dy: Tensor, x: Tensor, weight: Tensor, norm: Prologue | None, scale: Tensor | None,
-    dtype: torch.dtype, group: str, with_dx: bool, with_dw: bool,
+    more: Tensor | None, dtype: torch.dtype, group: str, with_dx: bool, with_dw: bool,
 ) -> tuple[Tensor | None, Sums, Tensor]:  # fmt: skip
-    """dx (M, K) in x's dtype, the gradients of the weight (N, K) and norm, and of the bias (N,)."""
+    """dx (M, K) in x's dtype, the gradients of the weight (N, K) and norm, and of the bias (N,).
+
+    `more` (M, K) is added to dx.
+    """
     dy, x = dy.contiguous(), x.contiguous()
     G, db = weight.new_empty(0), weight.new_empty(0)
     if with_dw or norm is not None:
@@ -204,14 +209,14 @@ def bwd(
         return None, sums, db
     (M, K), N = x.shape, len(weight)
     grid, arguments, warps, stages = bwd_input_config(M, K, N)
-    dx = x.new_empty(x.shape)
+    dx, more = x.new_empty(x.shape), None if more is None else more.contiguous()
     scale, R = of_clips(scale, M)
     through: tuple = (None,) * 5
     if norm is not None:
         weight, through = weight * norm.gamma, (x, *norm[:2], *sums.through(norm, M, group))
     with _runtime.on_device(x):
         _pointwise_bwd_input_kernel[grid](
-            dy, weight.to(dtype).contiguous(), *through, scale, dx, M, R,
+            dy, weight.to(dtype).contiguous(), *through, scale, more, dx, M, R,
             **arguments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return dx, sums, db
