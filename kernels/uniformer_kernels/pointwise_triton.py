@@ -140,6 +140,7 @@ def _pointwise_bwd_input_kernel(
 # Not measured yet. Of tiles that compile without spills for sm_80, sm_90 and sm_100 those with the
 # fewest instructions a product (`benchmarks/static_cost.py`).
 BLOCK_M = 128
+INPUT_M = 64  # backward there are the norm's x, and what comes back around the branch, as well
 EDGE = 128  # of a tile along channels: up to that x is read once
 WEIGHT_M, WEIGHT_EDGE = 64, 64  # 64 x 64 sums of a weight's gradient are 32 registers a lane
 
@@ -155,8 +156,8 @@ def fwd_config(M: int, K: int, N: int) -> Config:
 def bwd_input_config(M: int, K: int, N: int) -> Config:
     """How the gradient of x (M, K) is launched."""
     block_k = block(K, EDGE)
-    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": block(N, 64), "BLOCK_K": block_k}
-    grid = (cdiv(M, BLOCK_M) * cdiv(K, block_k),)
+    sizes = {"BLOCK_M": INPUT_M, "BLOCK_N": block(N, 64), "BLOCK_K": block_k}
+    grid = (cdiv(M, INPUT_M) * cdiv(K, block_k),)
     return Config(grid, {"K": K, "N": N} | sizes, 4 if block_k <= 64 else 8)
 
 
