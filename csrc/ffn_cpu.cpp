@@ -8,16 +8,21 @@
 
 #include "tokens_cpu.h"
 
-namespace {
-
-#if defined(__AVX512F__)
-
-struct Job {
+// The arguments of a call; x has `tokens` rows.
+struct FFN {
   Rows x;
   Norm norm;
   Weight first, second;
   Result y;
   int64_t tokens;
+};
+
+namespace {
+
+#if defined(__AVX512F__)
+
+struct Job : FFN {
+  float eps;
   void *tiles, *hidden;  // of all tokens, where there are few
   bool full;             // memory
 };
@@ -70,7 +75,7 @@ void by_tokens(int64_t begin, int64_t end, void* context) {
     E *tiles = aligned(memory, chunk * (C + F)), *hidden = tiles + chunk * C;
     for (int64_t token = begin; token < end; token += chunk) {
       const int64_t count = std::min(chunk, end - token);
-      read(job.x, job.norm, token, count, C, tiles);
+      read(job.x, job.norm, job.eps, token, count, C, tiles);
       multiply(job.first, 0, F, tiles, count, IntoHidden<E>{hidden, F});
       multiply(job.second, 0, C, hidden, count, IntoRows{job.y, C, token, count});
     }
@@ -113,7 +118,7 @@ int32_t forward(Job& job, ParallelFor parallel_for) {
   } catch (const std::bad_alloc&) {
     return 1;
   }
-  read(job.x, job.norm, 0, job.tokens, C, static_cast<E*>(job.tiles));
+  read(job.x, job.norm, job.eps, 0, job.tokens, C, static_cast<E*>(job.tiles));
   return parallel_for(0, F / N, 4, first_by_channels<E>, &job) ||
          parallel_for(0, C / N, 4, second_by_channels<E>, &job) || job.full;
 }
@@ -152,23 +157,32 @@ void slope(int64_t begin, int64_t end, void* context) {
 // Whether `uniformer_ffn_fwd` serves a hidden layer of `hidden` channels between two of `channels`:
 // in bf16 where `half`, else in fp32.
 extern "C" int32_t uniformer_ffn_fwd_serves(int64_t channels, int64_t hidden, int32_t half) {
-  return serves({nullptr, nullptr, hidden, channels}, half);
+  return serves({nullptr, hidden, channels, {nullptr, 0}}, half);
 }
 
-// `tokens` rows of x -> as many of y; weights (hidden, channels) and (channels, hidden). Returns 0,
-// 1 where memory ran out, 2 for what it does not serve.
+// Weights (hidden, channels) and (channels, hidden); products in bf16 where `half`, else in fp32;
+// `eps` is the norm's. Returns 0, 1 where memory ran out, 2 for what it does not serve.
 extern "C" int32_t uniformer_ffn_fwd(
-    [[maybe_unused]] const Rows* x, [[maybe_unused]] const Norm* norm, const Weight* first,
-    const Weight* second, [[maybe_unused]] const Result* y, [[maybe_unused]] int64_t tokens,
-    int32_t half, [[maybe_unused]] ParallelFor parallel_for) {
-  if (!serves(*first, half) || second->rows != first->columns || second->columns != first->rows)
+    const FFN* call, [[maybe_unused]] float eps, int32_t half,
+    [[maybe_unused]] ParallelFor parallel_for) {
+  const Weight &first = call->first, &second = call->second;
+  if (!serves(first, half) || second.rows != first.columns || second.columns != first.rows)
     return 2;
 #if defined(__AVX512F__)
-  Job job = {*x, *norm, *first, *second, *y, tokens, nullptr, nullptr, false};
+  try {
+    Job job = {*call, eps, nullptr, nullptr, false};
+    Parameters parameters;
+    parameters.widen(job.norm, first.columns, eps);
+    parameters.widen(job.first.bias, first.rows);
+    parameters.widen(job.second.bias, second.rows);
+    parameters.widen(job.y, job.tokens);
 #if defined(__AVX512BF16__)
-  if (half) return forward<uint16_t>(job, parallel_for);
+    if (half) return forward<uint16_t>(job, parallel_for);
 #endif
-  return forward<float>(job, parallel_for);
+    return forward<float>(job, parallel_for);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 #endif
   return 2;
 }

@@ -7,16 +7,21 @@
 
 #include "tokens_cpu.h"
 
-namespace {
-
-#if defined(__AVX512F__)
-
-struct Job {
+// The arguments of a call; x has `tokens` rows.
+struct Pointwise {
   Rows x;
   Norm norm;
   Weight weight;
   Result y;
   int64_t tokens;
+};
+
+namespace {
+
+#if defined(__AVX512F__)
+
+struct Job : Pointwise {
+  float eps;
   void* tiles;  // of all tokens, where there are few
   bool full;    // memory
 };
@@ -30,7 +35,7 @@ void by_tokens(int64_t begin, int64_t end, void* context) {
     E* tiles = aligned(memory, chunk * K);
     for (int64_t token = begin; token < end; token += chunk) {
       const int64_t count = std::min(chunk, end - token);
-      read(job.x, job.norm, token, count, K, tiles);
+      read(job.x, job.norm, job.eps, token, count, K, tiles);
       multiply(job.weight, 0, N, tiles, count, IntoRows{job.y, N, token, count});
     }
   } catch (const std::bad_alloc&) {
@@ -59,7 +64,8 @@ int32_t forward(Job& job, ParallelFor parallel_for) {
   } catch (const std::bad_alloc&) {
     return 1;
   }
-  read(job.x, job.norm, 0, job.tokens, job.weight.columns, static_cast<E*>(job.tiles));
+  read(
+      job.x, job.norm, job.eps, 0, job.tokens, job.weight.columns, static_cast<E*>(job.tiles));
   return parallel_for(0, job.weight.rows / N, 4, by_channels<E>, &job) || job.full;
 }
 
@@ -69,22 +75,29 @@ int32_t forward(Job& job, ParallelFor parallel_for) {
 
 // Whether `uniformer_pointwise_fwd` serves such a product: in bf16 where `half`, else in fp32.
 extern "C" int32_t uniformer_pointwise_fwd_serves(int64_t rows, int64_t columns, int32_t half) {
-  return serves({nullptr, nullptr, rows, columns}, half);
+  return serves({nullptr, rows, columns, {nullptr, 0}}, half);
 }
 
-// `tokens` rows of x -> as many of y. Returns 0, 1 where memory ran out, 2 for what it does not
-// serve.
+// Products in bf16 where `half`, else in fp32; `eps` is the norm's. Returns 0, 1 where memory ran
+// out, 2 for what it does not serve.
 extern "C" int32_t uniformer_pointwise_fwd(
-    [[maybe_unused]] const Rows* x, [[maybe_unused]] const Norm* norm, const Weight* weight,
-    [[maybe_unused]] const Result* y, [[maybe_unused]] int64_t tokens, int32_t half,
+    const Pointwise* call, [[maybe_unused]] float eps, int32_t half,
     [[maybe_unused]] ParallelFor parallel_for) {
-  if (!serves(*weight, half)) return 2;
+  if (!serves(call->weight, half)) return 2;
 #if defined(__AVX512F__)
-  Job job = {*x, *norm, *weight, *y, tokens, nullptr, false};
+  try {
+    Job job = {*call, eps, nullptr, false};
+    Parameters parameters;
+    parameters.widen(job.norm, job.weight.columns, eps);
+    parameters.widen(job.weight.bias, job.weight.rows);
+    parameters.widen(job.y, job.tokens);
 #if defined(__AVX512BF16__)
-  if (half) return forward<uint16_t>(job, parallel_for);
+    if (half) return forward<uint16_t>(job, parallel_for);
 #endif
-  return forward<float>(job, parallel_for);
+    return forward<float>(job, parallel_for);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 #endif
   return 2;
 }

@@ -12,42 +12,92 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 
 #include "product_cpu.h"
 
+// The arguments of a call. Every field has 8 bytes, so that Python writes them into an array.
+
 // Rows of channels side by side, in fp32 or, `half`, in bf16.
 struct Rows {
   const void* data;
   int64_t stride;  // in elements
-  int32_t half;
+  int64_t half;
 };
 
-// (x - mean) * factor + shift, of channels; without a mean it is that of the row itself, and then
-// (x - mean) / sqrt(variance + eps) takes the place of x - mean.
+// Parameters, side by side, likewise, or null; in fp32 once `Parameters` has seen them.
+struct Numbers {
+  const void* data;
+  int64_t half;
+
+  const float* floats() const { return static_cast<const float*>(data); }
+};
+
+// (x - mean) / sqrt(variance + eps) * factor + shift, of channels; `of_rows`, mean and variance are
+// those of the row itself. `Parameters` makes the root a part of the factor, but not of rows.
 struct Norm {
-  const float *mean, *factor, *shift;  // factor null: no norm
-  float eps;
+  int64_t is_one, of_rows;
+  Numbers mean, variance, factor, shift;
 };
 
 // A product's weight (rows, columns), contiguous and of the dtype that it is made in, and its bias
 // (rows) or null.
 struct Weight {
   const void* data;
-  const float* bias;
   int64_t rows, columns;
+  Numbers bias;
 };
 
 struct Result {
   void* data;  // contiguous
-  int32_t half;
-  Rows residual;       // or null
-  const float* scale;  // of each clip, or null
-  int64_t clip;        // tokens
+  int64_t half;
+  Rows residual;  // or null
+  Numbers scale;  // of each clip, or null
+  int64_t clip;   // tokens
 };
 
 namespace {
+
+// Memory for the parameters of a call that do not lie there in fp32.
+class Parameters {
+ public:
+  void widen(Numbers& given, int64_t size) {
+    if (!given.data || !given.half) return;
+    float* made = add(size);
+    const uint16_t* from = static_cast<const uint16_t*>(given.data);
+    for (int64_t i = 0; i < size; ++i) {
+      const uint32_t bits = uint32_t{from[i]} << 16;
+      std::memcpy(made + i, &bits, sizeof bits);
+    }
+    given = {made, 0};
+  }
+
+  void widen(Norm& norm, int64_t channels, float eps) {
+    if (!norm.is_one) return;
+    for (Numbers* given : {&norm.mean, &norm.variance, &norm.factor, &norm.shift})
+      widen(*given, channels);
+    float *factor = add(channels), *shift = add(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      factor[c] = norm.factor.data ? norm.factor.floats()[c] : 1.0f;
+      shift[c] = norm.shift.data ? norm.shift.floats()[c] : 0.0f;
+      if (!norm.of_rows) factor[c] /= std::sqrt(norm.variance.floats()[c] + eps);
+    }
+    norm.factor = {factor, 0}, norm.shift = {shift, 0};
+  }
+
+  void widen(Result& y, int64_t tokens) { widen(y.scale, tokens / std::max<int64_t>(y.clip, 1)); }
+
+ private:
+  float* add(int64_t size) {
+    kept.emplace_back(new float[size]);
+    return kept.back().get();
+  }
+
+  std::vector<std::unique_ptr<float[]>> kept;
+};
 
 inline bool serves(const Weight& weight, int32_t half) {
 #if defined(__AMX_BF16__)
@@ -93,6 +143,7 @@ inline __m512 load(const Rows& rows, int64_t row, int64_t c, int64_t left) {
 struct Reader {
   const Rows& x;
   const Norm& norm;
+  float eps;
   int64_t channels;
 
   // Mean and inverse deviation of a row.
@@ -108,21 +159,21 @@ struct Reader {
       const __m512 d = _mm512_maskz_sub_ps(lanes(left), value, _mm512_set1_ps(mean));
       sum = _mm512_fmadd_ps(d, d, sum);
     }
-    rstd = 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / channels + norm.eps);
+    rstd = 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / channels + eps);
   }
 
   // 16 channels of a row whose statistics these are, if it has any.
   __m512 operator()(int64_t row, int64_t c, float mean, float rstd) const {
     const int64_t left = channels - c;
     __m512 value = load(x, row, c, left);
-    if (!norm.factor) return value;
-    const auto of = [&](const float* channel) {
-      return _mm512_maskz_loadu_ps(lanes(left), channel + c);
+    if (!norm.is_one) return value;
+    const auto of = [&](const Numbers& channel) {
+      return _mm512_maskz_loadu_ps(lanes(left), channel.floats() + c);
     };
-    if (norm.mean)
-      value = _mm512_sub_ps(value, of(norm.mean));
-    else
+    if (norm.of_rows)
       value = _mm512_mul_ps(_mm512_sub_ps(value, _mm512_set1_ps(mean)), _mm512_set1_ps(rstd));
+    else
+      value = _mm512_sub_ps(value, of(norm.mean));
     return _mm512_fmadd_ps(value, of(norm.factor), of(norm.shift));
   }
 };
@@ -152,14 +203,16 @@ inline __attribute__((always_inline)) void transpose(__m512 (&x)[16]) {
 // `count` normalised rows of K channels from `first` on -> tiles, each (K / GROUP, vectors, 16,
 // GROUP); where there is no row, zeros.
 template <typename E>
-void read(const Rows& x, const Norm& norm, int64_t first, int64_t count, int64_t K, E* tiles) {
-  const Reader reader = {x, norm, K};
+void read(
+    const Rows& x, const Norm& norm, float eps, int64_t first, int64_t count, int64_t K,
+    E* tiles) {
+  const Reader reader = {x, norm, eps, K};
   float mean[LANES] = {}, rstd[LANES] = {};
   for (int64_t n = 0; n < count; n += LANES) {
     const int64_t before = n / TILE * TILE, real = std::min<int64_t>(LANES, count - n);
     const int64_t step = std::min<int64_t>(tiles_of(count - before, LANES), VECTORS) * LANES;
     E* tile = tiles + before * K + (n - before) * GROUP<E>;
-    if (norm.factor && !norm.mean)
+    if (norm.is_one && norm.of_rows)
       for (int64_t l = 0; l < real; ++l) reader.statistics(first + n + l, mean[l], rstd[l]);
     for (int64_t c = 0; c < K; c += LANES * GROUP<E>) {
       __m512 block[LANES];
@@ -244,7 +297,7 @@ void multiply(
   for (int64_t n = begin; n < end; n += N) {
     int64_t stride;
     const E* rows = rows_of(weight, n, memory, stride);
-    const float* bias = weight.bias ? weight.bias + n : nullptr;
+    const float* bias = weight.bias.data ? weight.bias.floats() + n : nullptr;
     for (int64_t first = 0; first < count; first += TILE)
       with_vectors<VECTORS>(tiles_of(count - first, LANES), [&](auto V) {
         __m512 sums[N][V];
@@ -298,7 +351,8 @@ inline __attribute__((always_inline)) void write(
   }
   const auto put = [&](int64_t l, __m256 value) {
     if (l >= count) return;
-    if (y.scale) value = _mm256_mul_ps(value, _mm256_set1_ps(y.scale[(token + l) / y.clip]));
+    if (y.scale.data)
+      value = _mm256_mul_ps(value, _mm256_set1_ps(y.scale.floats()[(token + l) / y.clip]));
     if (y.residual.data) value = _mm256_add_ps(read8(y.residual, token + l, c), value);
     write8(y.data, y.half, (token + l) * width + c, value);
   };

@@ -215,7 +215,8 @@ def test_compiles_without_graph_breaks(device):
     torch.testing.assert_close(compiled(*leaves), op(*leaves))
     got = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
     want = torch.autograd.grad(op(*leaves).square().sum(), leaves)
-    torch.testing.assert_close(got, want)
+    # Compiled, `channel_stats` is made of other operators, and rounded otherwise.
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
 # --- What comes in --------------------------------------------------------------------

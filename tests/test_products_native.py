@@ -9,6 +9,7 @@ from uniformer_kernels.ffn import ffn_ref
 from uniformer_kernels.pointwise import pointwise_ref
 
 DTYPES = (torch.float32, torch.bfloat16)
+NONE = (None, None, None, 0.0, False)  # no norm
 
 
 def served(dtype):
@@ -137,7 +138,7 @@ def test_rows_far_apart_and_weights_turned_round(dtype, counted):
     x = torch.randn(70, 100).to(dtype)[:, 3:43]
     weight, bias = torch.randn(40, 24).to(dtype).t(), torch.randn(48).to(dtype)[::2]
     residual = torch.randn(24, 70).to(dtype).t()
-    got = products_native.pointwise(x, weight, bias, None, None, residual, dtype)
+    got = products_native.pointwise(x, weight, bias, NONE, None, residual, dtype)
     close(got, lambda x, w, b, r: pointwise_ref(x, w, b, residual=r), x, weight, bias, residual)
 
 
@@ -217,6 +218,6 @@ def test_what_is_left_to_the_library(x, weight, dtype, counted):
 def test_a_residual_in_sixteen_bits_is_added_to_products_in_fp32(counted):
     x, weight, residual = torch.randn(20, 16), torch.randn(24, 16), torch.randn(20, 24)
     residual = residual.bfloat16()
-    got = products_native.pointwise(x, weight, None, None, None, residual, torch.float32)
+    got = products_native.pointwise(x, weight, None, NONE, None, residual, torch.float32)
     want = (residual.double() + x.double() @ weight.double().t()).bfloat16()
     torch.testing.assert_close(got, want, rtol=8e-3, atol=1e-6)

@@ -116,15 +116,19 @@ def _under_autograd(operator: Operator, *args: Any) -> Any:
 
 
 def _needs_gradient(args: Sequence) -> bool:
-    tensors = (a for a in args if isinstance(a, Tensor))
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(a.requires_grad for a in args if isinstance(a, Tensor))
 
 
 def _only_autograd_listens(args: Sequence) -> bool:
     """No mode such as a counter of operations, and tensors as plain as they come."""
     if torch._C._len_torch_dispatch_stack():
         return False
-    return all(_is_plain(a) for a in args if isinstance(a, Tensor))
+    for a in args:  # noqa: SIM110, a generator takes longer, and this is in every call
+        if isinstance(a, Tensor) and not _is_plain(a):
+            return False
+    return True
 
 
 def _is_plain(t: Tensor) -> bool:

@@ -140,19 +140,15 @@ def _fwd_kernel(
     gamma: Tensor | None, beta: Tensor | None, eps: float, of_batch: bool, group: str,
     per_row: bool, scale: Tensor | None, residual: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    norm, rows = (
-        Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row),
-        x.reshape(-1, x.shape[-1]),
-    )
-    m1, m2 = w1.flatten(1), w2.flatten(1)
-    if not serves("ffn", x, dtype):
-        run = _triton().fwd
-    elif products_native.serves(rows, dtype, m1, b1, m2, b2):
-        run = products_native.ffn
-    else:
-        run = _fwd_chunked
+    in_chunks = serves("ffn", x, dtype)
+    if in_chunks and products_native.serves(x, dtype, w1, b1, w2, b2):
+        norm = (stats, gamma, beta, eps, per_row)
+        return products_native.ffn(x, w1, b1, w2, b2, norm, scale, residual, dtype)
+    prologue = Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row)
+    rows, m1, m2 = x.reshape(-1, x.shape[-1]), w1.flatten(1), w2.flatten(1)
+    run = _fwd_chunked if in_chunks else _triton().fwd
     with torch.autocast(x.device.type, enabled=False):
-        y = run(rows, m1, b1, m2, b2, norm, scale, residual, dtype)
+        y = run(rows, m1, b1, m2, b2, prologue, scale, residual, dtype)
     return torch.ops.aten._unsafe_view(y, x.shape)  # which may be changed in place
 
 

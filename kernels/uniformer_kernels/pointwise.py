@@ -128,14 +128,18 @@ def _fwd_kernel(
     beta: Tensor | None, eps: float, of_batch: bool, group: str, per_row: bool,
     scale: Tensor | None, residual: Tensor | None, with_stats: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    norm = Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row)
+    in_chunks = serves("pointwise", x, dtype)
+    if in_chunks and products_native.serves(x, dtype, weight, bias, residual):
+        norm = (stats, gamma, beta, eps, per_row)
+        out = products_native.pointwise(x, weight, bias, norm, scale, residual, dtype)
+        return out, channel_stats(out) if with_stats else out.new_empty(0)
+    prologue = Prologue.of(x, stats, gamma, beta, eps, of_batch, per_row)
     rows, weight = x.reshape(-1, x.shape[-1]), weight.flatten(1)
     residual = None if residual is None else residual.reshape(-1, len(weight))
-    arguments = (rows, weight, bias, norm, scale, residual, dtype)
+    arguments = (rows, weight, bias, prologue, scale, residual, dtype)
     with torch.autocast(x.device.type, enabled=False):
-        if serves("pointwise", x, dtype):
-            native = products_native.serves(rows, dtype, weight, bias, residual)
-            out = (products_native.pointwise if native else _fwd_chunked)(*arguments)
+        if in_chunks:
+            out = _fwd_chunked(*arguments)
             found = channel_stats(out) if with_stats else None
         else:
             out, found = _triton().fwd(*arguments, with_stats)
