@@ -5,7 +5,7 @@ Parameters have the official names and shapes, convolutions of size 1 included.
 Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,6 @@ class Pointwise(nn.Conv3d):
 
 
 _LINEAR = (nn.Linear, Pointwise)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def why_not_around(module: nn.Module, **parts: tuple[type, ...]) -> str | None:
@@ -102,10 +101,13 @@ def why_not_around(module: nn.Module, **parts: tuple[type, ...]) -> str | None:
         parts: for each name of a submodule, the types whose forward the kernel knows.
     """
     for name, types in parts.items():
-        part = getattr(module, name)
+        part: Any = module._modules[name]
         if type(part) not in types or "forward" in part.__dict__:
             return f"{name} is a {type(part).__name__} with a forward of its own"
-        if any(getattr(part, hooks) for hooks in _HOOKS):
+        if (
+            part._forward_hooks or part._forward_pre_hooks
+            or part._backward_hooks or part._backward_pre_hooks
+        ):  # fmt: skip
             return f"{name} has hooks, which want to see it called"
     return None
 

@@ -125,14 +125,13 @@ def _only_autograd_listens(args: Sequence) -> bool:
     """No mode such as a counter of operations, and tensors as plain as they come."""
     if torch._C._len_torch_dispatch_stack():
         return False
-    for a in args:  # noqa: SIM110, a generator takes longer, and this is in every call
-        if isinstance(a, Tensor) and not _is_plain(a):
+    # Written out: it is done in every call, and one in Python costs as much as some of these.
+    for t in args:
+        if not isinstance(t, Tensor):
+            continue
+        if type(t) is not Tensor and type(t) is not Parameter:
+            return False
+        # Memory of its own that says what it holds, not to be negated first.
+        if not torch._C._has_storage(t) or t.is_neg() or t._is_zerotensor():
             return False
     return True
-
-
-def _is_plain(t: Tensor) -> bool:
-    """No subclass, and memory of its own that says what it holds, not to be negated first."""
-    if type(t) not in (Tensor, Parameter) or not torch._C._has_storage(t):
-        return False
-    return not t.is_neg() and not t._is_zerotensor()

@@ -124,7 +124,7 @@ def under_torch_func(op: str) -> bool:
         return False
     if torch._C._get_tracing_state() is not None:
         return True  # what is traced is PyTorch's, as in DepthwiseConv3d
-    if not functorch_is_active() and not forward_mode():
+    if not functorch_is_active() and forward_ad._current_level < 0:
         return False
     why = "neither torch.func nor forward-mode differentiation bears its operators"
     announce(f"{op} runs in plain PyTorch, slower than it could", why)
@@ -199,10 +199,11 @@ def check_dtypes(x: torch.Tensor, **parameters: torch.Tensor | None) -> None:
             f"x must be a tensor in fp32, fp16, bf16 or fp64, got {x.dtype} in a {type(x).__name__}"
         )
     for name, t in parameters.items():
-        _check_tensor(name, t)
-        if t is None or t.dtype == x.dtype or t.dtype == torch.float32:
+        if t is None:
             continue
-        if t.dtype != autocast_dtype(x):
+        if not isinstance(t, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor or None, got {type(t).__name__}")
+        if t.dtype not in (x.dtype, torch.float32) and t.dtype != autocast_dtype(x):
             raise ValueError(f"{name} must be of x's dtype or fp32, got {t.dtype} for x {x.dtype}")
 
 
@@ -220,20 +221,18 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype if cast is None or x.dtype == torch.float64 else cast
 
 
-def _check_tensor(name: str, t: Any) -> None:
-    if t is not None and not isinstance(t, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor or None, got {type(t).__name__}")
-
-
 def check_shapes(x: torch.Tensor, shapes: Mapping[str, tuple]) -> None:
     """Raise ValueError unless each tensor, by name, has its shape and lies on x's device."""
     for name, (t, shape) in shapes.items():
-        _check_tensor(name, t)
-        if t is not None and t.shape != shape:
+        if t is None:
+            continue
+        if not isinstance(t, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor or None, got {type(t).__name__}")
+        if t.shape != shape:
             raise ValueError(
                 f"{name} must be {tuple(shape)} for x {tuple(x.shape)}, got {tuple(t.shape)}"
             )
-        if t is not None and t.device != x.device:
+        if t.device != x.device:
             raise ValueError(f"{name} must be on x's device, got {t.device} and {x.device}")
 
 

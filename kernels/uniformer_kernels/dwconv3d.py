@@ -374,7 +374,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"weight must be (C, 1, kt, kh, kw), C the last size of x, got {tuple(weight.shape)} "
             f"for x {tuple(x.shape)}"
         )
-    if any(k % 2 == 0 or k > MAX_KERNEL for k in weight.shape[2:]):
+    kt, kh, kw = weight.shape[2:]
+    if not (kt & kh & kw & 1 and max(kt, kh, kw) <= MAX_KERNEL):
         raise ValueError(
             f"the kernel must be odd and at most {MAX_KERNEL} along every axis, "
             f"got {tuple(weight.shape[2:])}"
