@@ -193,6 +193,52 @@ def test_timm_habits():
     assert model.no_weight_decay() == set()
 
 
+def normed(model):
+    """A model in eval mode whose last norm has something to do."""
+    with torch.no_grad():
+        for t in (model.norm.running_mean, model.norm.weight, model.norm.bias):
+            t.normal_()
+        model.norm.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_pooling_before_the_norm_changes_no_number(dtype):
+    model, x = normed(tiny()).to(dtype), torch.randn(2, 3, 3, 64, 64, dtype=dtype)
+    assert model._pools_first()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    want = model.forward_head(model.forward_features(x))
+    got = model(x)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    x.requires_grad_()
+    (got,) = torch.autograd.grad(model(x).sum(), x)
+    (want,) = torch.autograd.grad(model.forward_head(model.forward_features(x)).sum(), x)
+    assert (got - want).norm() <= 10 * tolerance * want.norm()
+
+
+def test_who_wants_the_feature_map_gets_it():
+    """Hooks on the norm, and methods of one's own, of the class or of one model."""
+    x, model, seen = torch.randn(1, 3, 2, 32, 32), normed(tiny()), []
+    handle = model.norm.register_forward_hook(lambda _, args, y: seen.append(y.shape))
+    model(x)
+    assert seen == [(1, 24, 1, 1, 1)]
+    handle.remove()
+    model(x)
+    assert len(seen) == 1
+
+    class Mine(UniFormer):
+        def forward_features(self, x):
+            seen.append("mine")
+            return super().forward_features(x)
+
+    normed(Mine(TINY))(x)
+    model.forward_head = lambda x: seen.append("head")
+    model(x)
+    assert seen[1:] == ["mine", "head"]
+    assert not tiny().train()._pools_first()
+
+
 # --- Gradient checkpointing -----------------------------------------------------------
 
 

@@ -23,8 +23,8 @@ from uniformer_kernels import (
 )
 
 __all__ = [
-    "DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "Pixels", "batch_norm",
-    "runs_fused", "why_not_around",
+    "BATCH_NORMS", "DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "Pixels",
+    "batch_norm", "of_batch", "runs_fused", "why_not_around",
 ]  # fmt: skip
 
 
@@ -125,6 +125,14 @@ def runs_fused(block: nn.Module, x: Tensor) -> bool:
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply a BatchNorm3d (or a SyncBatchNorm made of one) to channels-last x (B, T, H, W, C)."""
     return norm(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+
+
+BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def of_batch(norm: nn.Module) -> bool:
+    """Whether a BatchNorm takes the statistics of the batch now."""
+    return norm.training or norm.running_mean is None
 
 
 def _check_channels(x: Tensor, dim: int) -> None:

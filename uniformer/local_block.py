@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from uniformer.configs import UniFormerConfig
 from uniformer.layers import (
+    BATCH_NORMS,
     DPE,
     FFN,
     DepthwiseConv,
@@ -23,6 +24,7 @@ from uniformer.layers import (
     Pointwise,
     batch_norm,
     local_mhra,
+    of_batch,
     runs_fused,
     why_not_around,
 )
@@ -40,10 +42,9 @@ from uniformer_kernels import (
 
 __all__ = ["LocalBlock"]
 
-_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 _PARTS: dict[str, tuple[type, ...]] = {
-    "pos_embed": (DPE, nn.Identity), "norm1": _NORMS, "conv1": (Pointwise,),
-    "attn": (DepthwiseConv,), "conv2": (Pointwise,), "drop_path": (DropPath,), "norm2": _NORMS,
+    "pos_embed": (DPE, nn.Identity), "norm1": BATCH_NORMS, "conv1": (Pointwise,),
+    "attn": (DepthwiseConv,), "conv2": (Pointwise,), "drop_path": (DropPath,), "norm2": BATCH_NORMS,
     "mlp": (FFN,),
 }  # fmt: skip
 
@@ -86,7 +87,7 @@ class LocalBlock(nn.Module):
         """The same on operators that pass on what the next one needs."""
         x, stats = self._dpe(x)
         conv1, conv2, fc1, fc2 = self.conv1, self.conv2, self.mlp.fc1, self.mlp.fc2
-        run = pointwise_stats if _of_batch(self.norm2) else _without(pointwise)
+        run = pointwise_stats if of_batch(self.norm2) else _without(pointwise)
         # One name for all that is passed on, so that without gradients its memory is used again.
         y, x = pointwise_fork(x, conv1.weight, conv1.bias, norm=_norm(self.norm1, stats, x))
         y = dwconv3d(y, self.attn.weight, self.attn.bias)
@@ -100,19 +101,14 @@ class LocalBlock(nn.Module):
     def _dpe(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Its output, and the statistics of that where `norm1` needs them."""
         if isinstance(self.pos_embed, nn.Identity):
-            return x, channel_stats(x) if _of_batch(self.norm1) else None
-        run = dwconv3d_stats if _of_batch(self.norm1) else _without(dwconv3d)
+            return x, channel_stats(x) if of_batch(self.norm1) else None
+        run = dwconv3d_stats if of_batch(self.norm1) else _without(dwconv3d)
         return run(x, self.pos_embed.weight, self.pos_embed.bias, residual=True)
 
 
 def _without(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
     """An operator that might have given statistics, and does not."""
     return lambda *args, **kwargs: (op(*args, **kwargs), None)
-
-
-def _of_batch(norm: nn.Module) -> bool:
-    """Whether a BatchNorm takes the statistics of the batch now."""
-    return norm.training or norm.running_mean is None
 
 
 def _norm(norm: Any, stats: Tensor | None, x: Tensor) -> Norm:

@@ -16,12 +16,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uniformer.configs import InputConfig, UniFormerConfig
 from uniformer.global_block import GlobalBlock, SplitBlock
-from uniformer.layers import PatchEmbed, Pixels
+from uniformer.layers import BATCH_NORMS, PatchEmbed, Pixels, of_batch, why_not_around
 from uniformer.local_block import LocalBlock
 
 __all__ = ["GlobalBlock", "LocalBlock", "SplitBlock", "UniFormer"]
@@ -105,16 +106,20 @@ class UniFormer(nn.Module):
         Raises:
             ValueError: `x` is not as above.
         """
+        x = self._trunk(x).permute(0, 4, 1, 2, 3)
+        if x.device.type == "cpu" and x.dtype.itemsize == 2:
+            x = x.contiguous()  # else PyTorch's gradient of the norm is several times less exact
+        return self.norm(x)
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        """`forward_features` before the norm, (B, T', H', W', C)."""
         self._check_input(x)
         for stage, count in enumerate(self.grad_checkpointing, start=1):
             x = self._stem(x) if stage == 1 else self.get_submodule(f"patch_embed{stage}")(x)
             for i, block in enumerate(self.get_submodule(f"blocks{stage}").children()):
                 recompute = i < count and torch.is_grad_enabled()
                 x = _checkpointed(block, x) if recompute else block(x)
-        x = x.permute(0, 4, 1, 2, 3)
-        if x.device.type == "cpu" and x.dtype.itemsize == 2:
-            x = x.contiguous()  # else PyTorch's gradient of the norm is several times less exact
-        return self.norm(x)
+        return x
 
     def _stem(self, x: Tensor) -> Tensor:
         """x (B, 3, T, H, W), normalised or uint8 -> (B, T', H', W', C)."""
@@ -133,7 +138,24 @@ class UniFormer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, T, H, W), as for `forward_features` -> raw logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+        if not self._pools_first():
+            return self.forward_head(self.forward_features(x))
+        x, norm = self._trunk(x), self.norm
+        pooled = x.mean((1, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        parameters = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        mean, var, gamma, beta = (None if p is None else p.to(pooled.dtype) for p in parameters)
+        pooled = F.batch_norm(pooled, mean, var, gamma, beta, eps=norm.eps)
+        return self.head(pooled.to(x.dtype))
+
+    def _pools_first(self) -> bool:
+        """Whether the norm, in eval mode a factor and a shift, may go behind the pooling, where it
+        is of B x C numbers instead of all: nobody wants to see the feature map."""
+        own = type(self).forward_features, type(self).forward_head
+        if own != (UniFormer.forward_features, UniFormer.forward_head):
+            return False
+        if "forward_features" in self.__dict__ or "forward_head" in self.__dict__:
+            return False
+        return not of_batch(self.norm) and why_not_around(self, norm=BATCH_NORMS) is None
 
     def _check_input(self, x: Tensor) -> None:
         channels = self.cfg.in_channels

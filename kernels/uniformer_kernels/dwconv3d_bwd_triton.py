@@ -26,7 +26,7 @@ from torch import Tensor
 from triton import cdiv
 
 from uniformer_kernels import _runtime
-from uniformer_kernels.dwconv3d_triton import (
+from uniformer_kernels._depthwise import (
     Config,
     Shape,
     Tuned,
@@ -264,8 +264,8 @@ def _dwconv3d_bwd_tiles_kernel(
 # show.
 TWO_CHANNELS, ONE_CHANNEL = 88, 178  # numbers that a lane holds for each, at most
 BLOCK_C, LANES = 64, 256  # of 2 channels; of one, half as many
-SUMS = 25  # of the weight that the kernel of tiles holds
 PROGRAMS_PER_SM = 2  # as many as there are registers for
+ROWS, SUMS, TILES_PER_SM = 4, 25, 4  # of the kernel of tiles: of dy, and of the weight's gradient
 
 
 def _held(kernel: Shape, W: int, frames: int) -> int:
@@ -314,12 +314,12 @@ def tiles_config(
     """How the kernel of tiles is launched on x (B, T, H, W, C); grid (programs, splits)."""
     B, T, H, W, C = shape
     KT, KH, KW = kernel
-    NH, NW, block_p, block_c, warps = tile_of(shape, 4, tuned)
+    NH, NW, block_p, block_c, warps = tile_of(shape, ROWS, tuned)
     rows = min(KH, max(SUMS // KW, 1))
     tiles_h, tiles_w = cdiv(H, NH), cdiv(W, NW)
     tiles = B * T * tiles_h * tiles_w
     programs = KT * cdiv(KH, rows) * cdiv(C, block_c)
-    splits = max(min(multiprocessors * 4 // programs, cdiv(tiles, block_p)), 1)
+    splits = max(min(multiprocessors * TILES_PER_SM // programs, cdiv(tiles, block_p)), 1)
     arguments = {
         "T": T, "H": H, "W": W, "C": C, "tiles_h": tiles_h, "tiles_w": tiles_w, "tiles": tiles,
         "STRIDE_DYW": stride_dyw, "STRIDE_XW": stride_xw, "KT": KT, "KH": KH, "KW": KW,

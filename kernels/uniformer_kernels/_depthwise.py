@@ -1,0 +1,82 @@
+"""What the Triton kernels of `dwconv3d` share: runs along W, tiles, launches.
+
+Lanes are BLOCK_P tiles by BLOCK_C channels. A program holds runs of NW positions along W, and the
+NW + KW - 1 elements that these meet in a row serve all KW taps.
+"""
+
+# mypy: disable-error-code="assignment"
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from uniformer_kernels import _runtime
+
+__all__ = ["Config", "Shape", "Tuned", "column", "packed", "readable", "tile_of", "tuned_for"]
+
+# 2 channels a lane, on 4 warps. Where benchmarks/tune.py has timed a shape, what it found fastest
+# is in tuned.json and goes before these.
+BLOCK_P, BLOCK_C, WARPS = 4, 64, 4
+
+Shape = tuple[int, ...]
+Tuned = Mapping[str, Any]  # a row of tuned.json: NH, NW, BLOCK_P, BLOCK_C, warps, any of them
+
+
+class Config(NamedTuple):
+    """A launch: how many programs, and the arguments that say how they share the work."""
+
+    grid: Shape
+    arguments: dict[str, int]
+    warps: int
+
+
+def _run_length(W: int) -> int:
+    """Elements along W that a program holds: 7 divides every width of the network at 224."""
+    if W % 7 == 0:
+        return 7
+    return 8 if W >= 8 else W
+
+
+def tile_of(shape: Shape, rows: int, tuned: Tuned | None) -> tuple[int, int, int, int, int]:
+    """NH (`rows` by default), NW, BLOCK_P, BLOCK_C and warps, no larger than the shape needs."""
+    *_, H, W, C = shape
+    tuned = tuned or {}
+    NH, NW = min(tuned.get("NH", rows), H), min(tuned.get("NW", _run_length(W)), W)
+    block_c = min(tuned.get("BLOCK_C", BLOCK_C), max(triton.next_power_of_2(C), 8))
+    # Few channels leave lanes for more tiles.
+    block_p = tuned.get("BLOCK_P", max(BLOCK_P * BLOCK_C // block_c, 1))
+    return NH, NW, block_p, block_c, tuned.get("warps", WARPS)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """(C, 1, kt, kh, kw) -> (taps, C): lanes are channels."""
+    return weight.flatten(1).t().contiguous()
+
+
+def readable(x: Tensor) -> Tensor:
+    """Channels side by side, other strides as they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def tuned_for(direction: str, x: Tensor, kernel: Shape) -> Tuned | None:
+    """The row of tuned.json for x and a kernel."""
+    key = (direction, kernel, x.dtype, x.shape[4], x.shape[1:4])
+    return _runtime.tuned("dwconv3d", key, x.device)
+
+
+@triton.jit
+def column(
+    at, mask, w0, W,
+    n: tl.constexpr, STRIDE_XW: tl.constexpr,
+    KW: tl.constexpr, NW: tl.constexpr, EVEN_W: tl.constexpr,
+):  # fmt: skip
+    """Element n of the NW + KW - 1 that a run from column w0 on needs of its row at `at`."""
+    w = (w0 + n - KW // 2)[:, None]
+    if n < KW // 2:
+        mask = mask & (w >= 0)
+    if (n >= NW + KW // 2) or not EVEN_W:
+        mask = mask & (w < W)
+    return tl.load(at + (n - KW // 2) * STRIDE_XW, mask=mask, other=0.0).to(tl.float32)
