@@ -13,6 +13,7 @@ import torch
 from tests.videos import write
 from uniformer import read_checkpoint
 from uniformer.cli import COMMANDS, main
+from uniformer_kernels import _runtime
 
 NETWORK = [
     "--model", "uniformer_nano", "--overrides.depths", "[1,1,1,1]",
@@ -115,6 +116,12 @@ def test_mistakes_end_with_a_sentence(arguments, complaint, tmp_path, monkeypatc
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(SystemExit, match=complaint):
         main(arguments)
+
+
+def test_a_mistaken_backend_ends_with_a_sentence(monkeypatch):
+    monkeypatch.setattr(_runtime, "_current", "cudda")  # as UNIFORMER_BACKEND sets it
+    with pytest.raises(SystemExit, match="UNIFORMER_BACKEND must be one of auto, .*'cudda'"):
+        main(["doctor"])
 
 
 @pytest.mark.parametrize("arguments", [

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from uniformer_kernels import report
+from uniformer_kernels import current_backend, report
 
 __all__ = ["DoctorConfig", "doctor"]
 
@@ -41,7 +41,12 @@ class DoctorConfig:
 
 
 def doctor(cfg: DoctorConfig) -> None:
-    """Say which implementation serves which operator here, and why not the others."""
+    """Say which implementation serves which operator here, and why not the others.
+
+    Raises:
+        ValueError: UNIFORMER_BACKEND is no backend.
+    """
+    current_backend()  # raises
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     print(
         f"Python {platform.python_version()}, torch {torch.__version__}, "

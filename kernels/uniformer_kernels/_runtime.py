@@ -36,18 +36,23 @@ SYMBOL = {"native": "uniformer_dwconv3d_bwd_weight", "cuda": "uniformer_dwconv3d
 BACKENDS = ("auto", "reference", "triton", "cuda", "native")
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, what: str = "the backend") -> str:
     if name not in BACKENDS:
-        raise ValueError(f"the backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{what} must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
-_current = _checked(os.environ.get("UNIFORMER_BACKEND") or "auto")
+# A mistake in it is told where an operator is to run, not to everyone who imports this.
+_current = os.environ.get("UNIFORMER_BACKEND") or "auto"
 
 
 def current_backend() -> str:
-    """The backend asked for: `UNIFORMER_BACKEND`, or the innermost `backend(...)`."""
-    return _current
+    """The backend asked for: `UNIFORMER_BACKEND`, or the innermost `backend(...)`.
+
+    Raises:
+        ValueError: it is none of `BACKENDS`.
+    """
+    return _current if _current in BACKENDS else _checked(_current, "UNIFORMER_BACKEND")
 
 
 @contextlib.contextmanager
