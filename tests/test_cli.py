@@ -120,7 +120,7 @@ def test_mistakes_end_with_a_sentence(arguments, complaint, tmp_path, monkeypatc
 
 def test_a_mistaken_backend_ends_with_a_sentence(monkeypatch):
     monkeypatch.setattr(_runtime, "_current", "cudda")  # as UNIFORMER_BACKEND sets it
-    with pytest.raises(SystemExit, match="UNIFORMER_BACKEND must be one of auto, .*'cudda'"):
+    with pytest.raises(SystemExit, match=r"UNIFORMER_BACKEND must be one of auto, .*'cudda'"):
         main(["doctor"])
 
 

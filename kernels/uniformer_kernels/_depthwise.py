@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uniformer_kernels import _runtime
 
-__all__ = ["Config", "Shape", "Tuned", "column", "packed", "readable", "tile_of", "tuned_for"]
+__all__ = ["Config", "Shape", "Tuned", "packed", "readable", "run_of", "tile_of", "tuned_for"]
 
 # 2 channels a lane, on 4 warps. Where benchmarks/tune.py has timed a shape, what it found fastest
 # is in tuned.json and goes before these.
@@ -68,15 +68,18 @@ def tuned_for(direction: str, x: Tensor, kernel: Shape) -> Tuned | None:
 
 
 @triton.jit
-def column(
+def run_of(
     at, mask, w0, W,
-    n: tl.constexpr, STRIDE_XW: tl.constexpr,
-    KW: tl.constexpr, NW: tl.constexpr, EVEN_W: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr,
+    NW: tl.constexpr, EVEN_W: tl.constexpr,
 ):  # fmt: skip
-    """Element n of the NW + KW - 1 that a run from column w0 on needs of its row at `at`."""
-    w = (w0 + n - KW // 2)[:, None]
-    if n < KW // 2:
-        mask = mask & (w >= 0)
-    if (n >= NW + KW // 2) or not EVEN_W:
-        mask = mask & (w < W)
-    return tl.load(at + (n - KW // 2) * STRIDE_XW, mask=mask, other=0.0).to(tl.float32)
+    """Elements FIRST to LAST - 1 of a row, counted from column w0 at `at`; zeros outside."""
+    run = ()
+    for n in tl.static_range(FIRST, LAST):
+        inside = mask
+        if n < 0:
+            inside = inside & (w0 + n >= 0)[:, None]
+        if (n >= NW) or not EVEN_W:
+            inside = inside & (w0 + n < W)[:, None]
+        run = run + (tl.load(at + n * STRIDE, mask=inside, other=0.0).to(tl.float32),)
+    return run

@@ -30,9 +30,9 @@ from uniformer_kernels._depthwise import (
     Config,
     Shape,
     Tuned,
-    column,
     packed,
     readable,
+    run_of,
     tile_of,
     tuned_for,
 )
@@ -44,29 +44,11 @@ __all__ = ["bwd", "bwd_config", "bwd_weight", "in_one_pass", "tiles_config", "wa
 
 
 @triton.jit
-def _run(
-    at, mask, w0, W,
-    FIRST: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr,
-    NW: tl.constexpr, EVEN_W: tl.constexpr,
-):  # fmt: skip
-    """Elements FIRST to LAST - 1 of a row, counted from column w0 at `at`; zeros outside."""
-    run = ()
-    for n in tl.static_range(FIRST, LAST):
-        inside = mask
-        if n < 0:
-            inside = inside & (w0 + n >= 0)[:, None]
-        if (n >= NW) or not EVEN_W:
-            inside = inside & (w0 + n < W)[:, None]
-        run = run + (tl.load(at + n * STRIDE, mask=inside, other=0.0).to(tl.float32),)
-    return run
-
-
-@triton.jit
 def _frame(
     at, t, stride, mask, w0, W, STRIDE: tl.constexpr, NW: tl.constexpr, EVEN_W: tl.constexpr
 ):  # fmt: skip
     """The run of NW elements in frame t."""
-    return _run(at + t * stride, mask, w0, W, 0, NW, STRIDE, NW, EVEN_W)
+    return run_of(at + t * stride, mask, w0, W, 0, NW, STRIDE, NW, EVEN_W)
 
 
 @triton.jit
@@ -140,7 +122,7 @@ def _dwconv3d_bwd_kernel(
                 from_h = h + KH // 2 - j
                 mask = inside & ((from_h >= 0) & (from_h < H))[:, None]
                 at = of_dy + t * per_dy + (from_h.to(tl.int64) * stride_dyh)[:, None]
-                dys = _run(at, mask, w0, W, -(KW // 2), NW + KW // 2, STRIDE_DYW, NW, EVEN_W)
+                dys = run_of(at, mask, w0, W, -(KW // 2), NW + KW // 2, STRIDE_DYW, NW, EVEN_W)
                 if j == KH // 2:
                     for s in tl.static_range(NW):
                         db += dys[s + KW // 2]
@@ -229,8 +211,8 @@ def _dwconv3d_bwd_tiles_kernel(
             from_h = h0 + j0 + r - KH // 2
             mask = (in_t & (from_h >= 0) & (from_h < H))[:, None] & in_c
             at = frame + (from_h.to(tl.int64) * stride_xh)[:, None]
+            xs = run_of(at, mask, w0, W, -(KW // 2), NW + KW // 2, STRIDE_XW, NW, EVEN_W)
             for n in tl.static_range(NW + KW - 1):
-                x = column(at, mask, w0, W, n, STRIDE_XW, KW, NW, EVEN_W)
                 new = ()
                 for s in tl.static_range(ROWS * KW):
                     # Of dy's NH x NW run, row r - j and column n - k meet tap (j, k).
@@ -240,7 +222,7 @@ def _dwconv3d_bwd_tiles_kernel(
                         and (n - s % KW >= 0)
                         and (n - s % KW < NW)
                     ):
-                        new = new + (acc[s] + dys[(r - s // KW) * NW + n - s % KW] * x,)
+                        new = new + (acc[s] + dys[(r - s // KW) * NW + n - s % KW] * xs[n],)
                     else:
                         new = new + (acc[s],)
                 acc = new

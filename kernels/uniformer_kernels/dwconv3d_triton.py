@@ -20,9 +20,9 @@ from uniformer_kernels._depthwise import (
     Config,
     Shape,
     Tuned,
-    column,
     packed,
     readable,
+    run_of,
     tile_of,
     tuned_for,
 )
@@ -69,9 +69,7 @@ def _dwconv3d_fwd_kernel(
             from_h = h0 + r - KH // 2
             mask = (in_t & (from_h >= 0) & (from_h < H))[:, None] & in_c
             at = frame + (from_h.to(tl.int64) * stride_xh)[:, None]
-            xs = ()
-            for n in tl.static_range(NW + KW - 1):
-                xs = xs + (column(at, mask, w0, W, n, STRIDE_XW, KW, NW, EVEN_W),)
+            xs = run_of(at, mask, w0, W, -(KW // 2), NW + KW // 2, STRIDE_XW, NW, EVEN_W)
             for j in tl.static_range(KH):
                 if (r - j >= 0) and (r - j < NH):
                     for k in tl.static_range(KW):
