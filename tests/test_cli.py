@@ -118,10 +118,22 @@ def test_mistakes_end_with_a_sentence(arguments, complaint, tmp_path, monkeypatc
         main(arguments)
 
 
-def test_a_mistaken_backend_ends_with_a_sentence(monkeypatch):
+@pytest.mark.parametrize("command", ["doctor", "info"])
+def test_a_mistaken_backend_ends_with_a_sentence(command, monkeypatch):
     monkeypatch.setattr(_runtime, "_current", "cudda")  # as UNIFORMER_BACKEND sets it
     with pytest.raises(SystemExit, match=r"UNIFORMER_BACKEND must be one of auto, .*'cudda'"):
-        main(["doctor"])
+        main([command])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
+def test_a_backend_that_cannot_run_is_told_before_anything_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_runtime, "_current", "cuda")
+    with pytest.raises(SystemExit, match="is cuda, which cannot run here: there is no CUDA device"):
+        main(["train", "--data", "x", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+    main(["doctor"])
+    printed = capsys.readouterr().out
+    assert "UNIFORMER_BACKEND asks for cuda; operators without it run as with auto" in printed
 
 
 @pytest.mark.parametrize("arguments", [

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
+from uniformer.doctor import check_backend
 from uniformer.video import VideoDecodeError
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     home = importlib.import_module(f"uniformer.{command.module}")
     settings, run = getattr(home, command.settings), getattr(home, parsed.command)
     try:
+        if parsed.command != "doctor":
+            check_backend()
         values = vars(parser.instantiate(parsed)[parsed.command])
         run(settings(**{f.name: values[f.name] for f in fields(settings)}))
         sys.stdout.flush()

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from uniformer_kernels import current_backend, report
+from uniformer_kernels import current_backend, report, why_not
 
-__all__ = ["DoctorConfig", "doctor"]
+__all__ = ["DoctorConfig", "check_backend", "doctor"]
 
 WORDS = {
     "native": "C++", "triton": "Triton", "cuda": "CUDA C++", "sdpa": "PyTorch's fused attention",
@@ -40,23 +40,32 @@ class DoctorConfig:
     """Settings of `uniformer doctor`: there are none."""
 
 
+def check_backend() -> None:
+    """Raise ValueError unless the backend that UNIFORMER_BACKEND asks for exists and runs here."""
+    if why := why_not(asked := current_backend()):
+        raise ValueError(f"UNIFORMER_BACKEND is {asked}, which cannot run here: {why}")
+
+
 def doctor(cfg: DoctorConfig) -> None:
     """Say which implementation serves which operator here, and why not the others.
 
     Raises:
         ValueError: UNIFORMER_BACKEND is no backend.
     """
-    current_backend()  # raises
+    asked = current_backend()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     print(
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} CPU threads, GPU: {gpu}"
     )
+    if asked != "auto":
+        print(f"UNIFORMER_BACKEND asks for {asked}; operators without it run as with auto")
     print(f"{'operator':<12}{'device':<8}served by")
     for op, device, served_by, others in report():
         note = NOTES.get((op, served_by), "")
         print(f"{op:<12}{device:<8}{served_by}: {WORDS.get(served_by, '')} {note}".rstrip(": "))
         for name, why in others.items():
-            if name != served_by:
+            if name not in (served_by, asked):
                 print(f"{'':<20}not {name}: {why or 'it runs when asked for'}")
-    print("UNIFORMER_BACKEND, or uniformer_kernels.backend(...), asks for another")
+    if asked == "auto":
+        print("UNIFORMER_BACKEND, or uniformer_kernels.backend(...), asks for another")

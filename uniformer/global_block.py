@@ -1,8 +1,8 @@
 """The blocks of the deep stages: DPE, global MHRA and FFN on kernels that share their passes.
 
-LayerNorms are made where the product behind them reads its rows, drop path and residual where the
-product before them writes its own. So a block keeps its input, q, k and v, the aggregated tokens
-and the sums of either half for its gradient, and nothing else.
+LayerNorms are made where the product behind them reads its rows (on a GPU by PyTorch, in a pass),
+drop path and residual where the product before them writes its own. So a block keeps its input,
+q, k and v, the aggregated tokens and the sums of either half for its gradient, and nothing else.
 
 Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
 """

@@ -137,7 +137,11 @@ class UniFormer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, T, H, W), as for `forward_features` -> raw logits (B, num_classes)."""
+        """x (B, 3, T, H, W), as for `forward_features` -> raw logits (B, num_classes).
+
+        In eval mode tokens are pooled before the last norm, not after it: to rounding the same, and
+        only where nothing hooks the norm or overrides `forward_features` or `forward_head`.
+        """
         if not self._pools_first():
             return self.forward_head(self.forward_features(x))
         x, norm = self._trunk(x), self.norm
@@ -222,7 +226,7 @@ class UniFormer(nn.Module):
         else:
             counts = tuple(enable) if isinstance(enable, Sequence) else ()
         if len(counts) != 4 or any(
-            not isinstance(n, int) or not 0 <= n <= d for n, d in zip(counts, depths, strict=True)
+            type(n) is not int or not 0 <= n <= d for n, d in zip(counts, depths, strict=True)
         ):
             raise ValueError(
                 f"give True, False, or four counts of at most {depths} blocks, got {enable!r}"

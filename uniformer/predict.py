@@ -1,7 +1,7 @@
 """What a video shows: the top classes of a model, and a picture of what the model saw."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,7 @@ class Prediction:
     path: str
     classes: list[str]
     probabilities: list[float]
-    views: Tensor
+    views: Tensor = field(repr=False)
 
 
 @dataclass

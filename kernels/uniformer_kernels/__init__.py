@@ -7,6 +7,7 @@ from uniformer_kernels._runtime import (
     current_backend,
     product_dtype,
     report,
+    why_not,
 )
 from uniformer_kernels.attention import attention, attention_qkv
 from uniformer_kernels.dwconv3d import MAX_KERNEL, dwconv3d, dwconv3d_stats
@@ -34,4 +35,5 @@ __all__ = [
     "product_dtype",
     "report",
     "sync_stats",
+    "why_not",
 ]

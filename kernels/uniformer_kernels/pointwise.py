@@ -2,7 +2,7 @@
 
     y = residual + scale * (norm(x) W^T + bias)
 
-`norm` is a BatchNorm in training whose statistics are known, applied to what is loaded; `scale`
+`norm` is a BatchNorm whose statistics are known, or a LayerNorm, applied to what is loaded; `scale`
 is the drop path's, a number for each clip. Statistics of y come out on demand, for the next norm.
 
 On a GPU a program makes a tile of rows times a tile of channels (`pointwise_triton.py`). On a CPU
@@ -281,8 +281,9 @@ def pointwise(
         weight: (N, K), or (N, K, 1, 1, 1) as of an nn.Conv3d; of x's dtype, or fp32.
         bias: (N,), likewise.
         norm: BatchNorm of x; in training mode `Norm.stats` are x's, as `channel_stats`,
-            `dwconv3d_stats` and `pointwise_stats` give them. Or LayerNorm, `Norm(None, per_row=
-            True, ...)`, which on a GPU PyTorch makes in a pass of its own.
+            `dwconv3d_stats` and `pointwise_stats` give them, in eval mode running ones, with
+            `of_batch=False`. Or LayerNorm, `Norm(None, per_row=True, ...)`, which on a GPU
+            PyTorch makes in a pass of its own.
         scale: (B,), factor on the result for each clip; it gets no gradient.
         residual: (B, ..., N), added last.
 
@@ -319,16 +320,20 @@ def pointwise_fork(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None,
     scale: Tensor | None = None, residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`pointwise`, and x, which is to be used in place of x by whatever else needs it.
+    """The first product of a branch, and x for the residual around that branch:
 
-    Backward, the gradient that comes back for that x is added to this operator's own before it is
-    stored, where autograd would read both again and store their sum: 2 activations instead of 5.
-    The residual around a branch is such a use.
+        y, x = pointwise_fork(x, weight, bias, norm=norm)
+        x = pointwise(branch(y), weight2, bias2, residual=x)
 
-    Arguments are those of `pointwise`.
+    Backward, the gradient that comes back for the x that is returned is added to this operator's
+    own before that is stored. Of the x that went in, autograd would read both gradients again and
+    store their sum: the right numbers too, but two more passes over x. `backend("reference")` and
+    `torch.compile` do so anyhow.
+
+    Arguments are those of `pointwise`; `residual` is added to y, as there.
 
     Returns:
-        The result of `pointwise`, and x, not a copy.
+        The result of `pointwise`, and x: the same memory, not to be changed in place.
 
     Raises:
         ValueError: as `pointwise`.
