@@ -236,6 +236,8 @@ def test_who_wants_the_feature_map_gets_it():
     model.forward_head = lambda x: seen.append("head")
     model(x)
     assert seen[1:] == ["mine", "head"]
+    model.norm = nn.GroupNorm(1, 24)
+    assert not model._pools_first()
     assert not tiny().train()._pools_first()
 
 

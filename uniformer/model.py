@@ -159,7 +159,7 @@ class UniFormer(nn.Module):
             return False
         if "forward_features" in self.__dict__ or "forward_head" in self.__dict__:
             return False
-        return not of_batch(self.norm) and why_not_around(self, norm=BATCH_NORMS) is None
+        return why_not_around(self, norm=BATCH_NORMS) is None and not of_batch(self.norm)
 
     def _check_input(self, x: Tensor) -> None:
         channels = self.cfg.in_channels
