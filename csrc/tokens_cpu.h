@@ -152,14 +152,19 @@ struct Reader {
     for (int64_t c = 0; c < channels; c += LANES)
       sum = _mm512_add_ps(sum, load(x, row, c, channels - c));
     mean = _mm512_reduce_add_ps(sum) / channels;
-    sum = _mm512_setzero_ps();
+    __m512 squares = sum = _mm512_setzero_ps();
     for (int64_t c = 0; c < channels; c += LANES) {
       const int64_t left = channels - c;
       const __m512 value = load(x, row, c, left);
       const __m512 d = _mm512_maskz_sub_ps(lanes(left), value, _mm512_set1_ps(mean));
-      sum = _mm512_fmadd_ps(d, d, sum);
+      sum = _mm512_add_ps(sum, d);
+      squares = _mm512_fmadd_ps(d, d, squares);
     }
-    rstd = 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / channels + eps);
+    // What the mean was rounded by: in a row of equal channels all that there is.
+    const float rest = _mm512_reduce_add_ps(sum) / channels;
+    const float variance = _mm512_reduce_add_ps(squares) / channels - rest * rest;
+    mean += rest;
+    rstd = 1.0f / std::sqrt(std::max(variance, 0.0f) + eps);
   }
 
   // 16 channels of a row whose statistics these are, if it has any.

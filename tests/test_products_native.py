@@ -142,6 +142,13 @@ def test_rows_far_apart_and_weights_turned_round(dtype, counted):
     close(got, lambda x, w, b, r: pointwise_ref(x, w, b, residual=r), x, weight, bias, residual)
 
 
+def test_equal_channels_are_normalised_to_nothing(counted):
+    """Their variance is that of the mean's rounding, of which eps leaves a thousandfold."""
+    x = torch.linspace(1, 9, 50)[:, None].expand(50, 136)
+    got = pointwise(x, torch.eye(136), norm=Norm(None, eps=1e-6, per_row=True))
+    assert got.abs().max() < 1e-5
+
+
 @NATIVE
 def test_no_number_stays_in_its_row(dtype, counted):
     x = torch.randn(90, 64).to(dtype)
