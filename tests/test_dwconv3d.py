@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.check import assert_matches
 from uniformer_kernels import _runtime, backend, dwconv3d, dwconv3d_stats
-from uniformer_kernels.dwconv3d import _bwd, _fwd, _stats, dwconv3d_ref
+from uniformer_kernels.dwconv3d import _fwd, _stats, conv_bwd, dwconv3d_ref
 
 GPU = torch.cuda.is_available()
 BACKENDS = ["reference", "triton", "cuda"] if GPU else ["reference", "native", "triton"]
@@ -261,7 +261,7 @@ def test_ops_are_well_formed(device, chosen):
     torch.library.opcheck(_fwd.op, (x, weight, None, False))
     dy = torch.randn_like(x)
     for wanted in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(_bwd.op, (dy.requires_grad_(), x, weight, True, *wanted))
+        torch.library.opcheck(conv_bwd.op, (dy.requires_grad_(), x, weight, True, *wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

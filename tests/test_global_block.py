@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import uniformer.global_block
 from benchmarks.plain import PlainGlobalBlock
 from tests.test_local_block import assert_same, both, kept_for_backward
 from uniformer import create_model
 from uniformer.configs import UniFormerConfig
-from uniformer.global_block import GlobalBlock
+from uniformer.global_block import GlobalBlock, SplitBlock
 from uniformer_kernels import backend
 
 C = 32
@@ -22,6 +23,13 @@ COPIES = ("clone", "copy_", "_to_copy", "cat", "stack")
 def block(drop_path=0.0, **cfg):
     made = GlobalBlock(UniFormerConfig(head_dim=16, drop_path_rate=0.0, **cfg), C, drop_path)
     for p in made.parameters():  # anything but ones and zeros
+        nn.init.normal_(p, std=0.3)
+    return made
+
+
+def split(drop_path=0.0, **cfg):
+    made = SplitBlock(UniFormerConfig(head_dim=16, drop_path_rate=0.0, **cfg), C, drop_path)
+    for p in made.parameters():
         nn.init.normal_(p, std=0.3)
     return made
 
@@ -40,6 +48,24 @@ def clip(*shape, dtype=torch.float32):
 def test_fused_equals_its_parts(cfg, mode):
     made = getattr(block(**cfg).double(), mode)()
     assert_same(made, clip(dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 7), (1, 1, 1, 1)], ids=["one kernel", "two"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_dpe_makes_the_first_norm_in_triton(shape, autocast, monkeypatch):
+    made, x = block().train(), clip(*shape)
+    seen = []
+    counted = uniformer.global_block.dwconv3d_norm
+    monkeypatch.setattr(
+        uniformer.global_block, "dwconv3d_norm", lambda *a, **k: seen.append(a) or counted(*a, **k)
+    )
+    with backend("triton"), torch.autocast("cpu", torch.float16, enabled=autocast):
+        assert_same(made, x, rtol=1e-2 if autocast else 1e-3, atol=2e-2 if autocast else 1e-4)
+    assert seen
+    made.pos_embed.register_forward_hook(lambda *_: seen.clear())  # and is called where it matters
+    with backend("triton"), torch.no_grad():
+        made(x)
+    assert not seen
 
 
 def test_drop_path_and_dropped_affinities_draw_the_same():
@@ -94,6 +120,45 @@ def test_sixteen_bits_err_no_more_than_the_plain_block(dtype, under):
         if error.isnan():  # once, in PyTorch's own gradient of the DPE in bf16
             error = 4 * eps
         assert (got - want).abs().max() <= 2 * error + eps, name
+
+
+# --- Divided attention ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("cfg", [{}, {"dpe": False}, {"qkv_bias": False}], ids=str)
+def test_the_split_block_equals_its_parts(cfg, mode):
+    made = getattr(split(**cfg).double(), mode)()
+    assert_same(made, clip(dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    assert_same(made.float(), clip(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_split_block_drops_the_same():
+    made = split(drop_path=0.5, attn_drop_rate=0.3).double().train()
+    assert_same(made, clip(6, 2, 3, 3, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+def test_the_split_block_steps_back_for_what_is_its_own(caplog, monkeypatch):
+    monkeypatch.setattr("uniformer_kernels._runtime._announced", set())
+    for change in (
+        lambda made: made.t_attn.qkv.register_forward_hook(lambda *_: None),
+        lambda made: made.t_norm.register_forward_hook(lambda *_: None),
+        lambda made: setattr(made.t_attn.proj_drop, "p", 0.5),
+    ):
+        made = split().train()
+        assert made.why_not_fused() is None
+        change(made)
+        assert made.why_not_fused()
+    x = clip()
+    torch.manual_seed(0)
+    y = made(x)
+    torch.manual_seed(0)
+    assert torch.equal(y, made.part_by_part(x))
+    assert caplog.text.count("a SplitBlock runs part by part") == 1
+
+
+def test_the_split_block_takes_an_empty_batch():
+    assert split()(clip(0, 2, 3, 3)).shape == (0, 2, 3, 3, C)
 
 
 # --- Memory and layout ----------------------------------------------------------------

@@ -1,18 +1,30 @@
 """The blocks of the deep stages: DPE, global MHRA and FFN on kernels that share their passes.
 
-LayerNorms are made where the product behind them reads its rows (on a GPU by PyTorch, in a pass),
-drop path and residual where the product before them writes its own. So a block keeps its input,
-q, k and v, the aggregated tokens and the sums of either half for its gradient, and nothing else.
+On a CPU LayerNorms are made where the product behind them reads its rows; on a GPU the first with
+the DPE, the second by PyTorch in a pass. Drop path and residual are the last step of the product
+before them. So on a CPU a block keeps its input, q, k and v, the aggregated tokens and the sums of
+either half for its gradient, and nothing else.
 
 Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
 """
 
+from typing import Any
+
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from uniformer.configs import UniFormerConfig
 from uniformer.layers import DPE, FFN, DropPath, GlobalMHRA, runs_fused, why_not_around
-from uniformer_kernels import Norm, attention, ffn, pointwise, pointwise_fork
+from uniformer_kernels import (
+    Norm,
+    attention,
+    dwconv3d_norm,
+    ffn,
+    normalises_rows,
+    pointwise,
+    pointwise_fork,
+)
 
 __all__ = ["GlobalBlock", "SplitBlock"]
 
@@ -56,22 +68,38 @@ class GlobalBlock(nn.Module):
 
     def fused(self, x: Tensor) -> Tensor:
         """The same on operators that do more at a time."""
-        shape, tokens = x.shape, self.pos_embed(x).flatten(1, -2)
-        attn, fc1, fc2 = self.attn, self.mlp.fc1, self.mlp.fc2
         # One name for all that is passed on, so that without gradients its memory is used again.
-        y, tokens = pointwise_fork(
-            tokens, attn.qkv.weight, attn.qkv.bias, norm=_norm(self.norm1)
-        )  # fmt: skip
-        y = attention(y, attn.num_heads, attn.scale, attn.dropout())
-        tokens = pointwise(
-            y, attn.proj.weight, attn.proj.bias, scale=self.drop_path.draw(tokens), residual=tokens,
-        )  # fmt: skip
+        y, tokens = self._begin(x)
+        y = _attend(self.attn, y)
+        tokens = self._project(self.attn, y, tokens)
         del y
-        tokens = ffn(
+        return self._ffn(tokens).view(x.shape)
+
+    def _begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k and v, and what the residual around the attention starts from, (B, T*H*W, ...)."""
+        dpe: Any = self.pos_embed
+        norm, qkv = self.norm1, self.attn.qkv
+        if normalises_rows(x) or why_not_around(self, pos_embed=(DPE,)):
+            tokens = dpe(x).flatten(1, -2)
+            return pointwise_fork(tokens, qkv.weight, qkv.bias, norm=_norm(norm))
+        x, normed = dwconv3d_norm(
+            x, dpe.weight, dpe.bias, norm.weight, norm.bias, eps=norm.eps, residual=True
+        )
+        weight, bias = (None if t is None else t.to(normed.dtype) for t in (qkv.weight, qkv.bias))
+        return F.linear(normed.flatten(1, -2), weight, bias), x.flatten(1, -2)
+
+    def _project(self, attn: GlobalMHRA, y: Tensor, residual: Tensor) -> Tensor:
+        """The residual (B, N, C), plus the projection of what was aggregated, y (B, N, C)."""
+        scale = self.drop_path.draw(residual)
+        return pointwise(y, attn.proj.weight, attn.proj.bias, scale=scale, residual=residual)
+
+    def _ffn(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, C), plus what the FFN makes of them."""
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        return ffn(
             tokens, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm=_norm(self.norm2),
             scale=self.drop_path.draw(tokens), residual=True,
         )  # fmt: skip
-        return tokens.view(shape)
 
 
 class SplitBlock(GlobalBlock):
@@ -86,8 +114,13 @@ class SplitBlock(GlobalBlock):
         self.t_norm = nn.LayerNorm(dim, eps=1e-6)
         self.t_attn = _global_mhra(cfg, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, H, W, C) -> (B, T, H, W, C)."""
+    def why_not_fused(self) -> str | None:
+        """Why its parts are to be called one by one, or None."""
+        why = why_not_around(self, t_norm=(nn.LayerNorm,), t_attn=(GlobalMHRA,))
+        return why or self.t_attn.why_not_fused() or super().why_not_fused()
+
+    def part_by_part(self, x: Tensor) -> Tensor:
+        """The block as its modules make it."""
         B, _, H, W, _ = x.shape
         if B == 0:
             return x
@@ -99,11 +132,29 @@ class SplitBlock(GlobalBlock):
         x = x + rearrange(s, "(b t) h w c -> b t h w c", b=B)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+    def fused(self, x: Tensor) -> Tensor:
+        """The same on operators that do more at a time."""
+        B, _, H, W, _ = shape = x.shape
+        x = self.pos_embed(x)
+        t = rearrange(x, "b t h w c -> (b h w) t c")
+        t_qkv, qkv = self.t_attn.qkv, self.attn.qkv
+        y, t = pointwise_fork(t, t_qkv.weight, t_qkv.bias, norm=_norm(self.t_norm))
+        t = self._project(self.t_attn, _attend(self.t_attn, y), t)
+        s = rearrange(t, "(b h w) t c -> (b t) (h w) c", b=B, h=H, w=W)
+        y = pointwise(s, qkv.weight, qkv.bias, norm=_norm(self.norm1))
+        x = self._project(self.attn, _attend(self.attn, y), x.flatten(0, 1).flatten(1, 2))
+        return self._ffn(x.view(B, -1, shape[-1])).view(shape)
+
 
 def _global_mhra(cfg: UniFormerConfig, dim: int) -> GlobalMHRA:
     return GlobalMHRA(
         dim, dim // cfg.head_dim, cfg.qkv_bias, cfg.qk_scale, cfg.attn_drop_rate, cfg.drop_rate
     )
+
+
+def _attend(attn: GlobalMHRA, qkv: Tensor) -> Tensor:
+    """qkv (B, N, 3*C) -> (B, N, C)."""
+    return attention(qkv, attn.num_heads, attn.scale, attn.dropout())
 
 
 def _norm(norm: nn.LayerNorm) -> Norm:

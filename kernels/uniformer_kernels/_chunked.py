@@ -17,8 +17,8 @@ from uniformer_kernels import _runtime
 from uniformer_kernels._norm import Norm, Prologue, Sums
 
 __all__ = [
-    "Chunks", "accumulate", "compute_dtype", "fitted", "prepare", "product", "product_into",
-    "serves", "some", "spread", "through_norm",
+    "Chunks", "accumulate", "compute_dtype", "fitted", "normalises_rows", "prepare", "product",
+    "product_into", "serves", "some", "spread", "through_norm",
 ]  # fmt: skip
 
 ROWS = {2: 4096, 4: 1024, 8: 512}  # by bytes an element; 16-bit products want more to start well
@@ -35,11 +35,13 @@ def prepare(op: str, x: Tensor, norm: Norm | None) -> tuple[torch.dtype, bool]:
     known = x.device.type in ("cpu", "cuda")
     plain = not known or x.numel() == 0 or _runtime.current_backend() == "reference"
     # The Triton kernels make no statistics; on a GPU PyTorch's own LayerNorm does.
-    plain |= norm is not None and norm.per_row and not _runs_in_chunks(op, x)
+    plain |= norm is not None and norm.per_row and not normalises_rows(x, op)
     return _runtime.product_dtype(x), plain or _runtime.under_torch_func(op)
 
 
-def _runs_in_chunks(op: str, x: Tensor) -> bool:
+def normalises_rows(x: Tensor, op: str = "pointwise") -> bool:
+    """Whether `pointwise` and `ffn` make a LayerNorm of the rows of x as they read these, as on a
+    CPU. On a GPU it takes a pass, which `dwconv3d_norm` spares."""
     return x.device.type == "cpu" and _runtime.serving(op, x.device) != "triton"
 
 

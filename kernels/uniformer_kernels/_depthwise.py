@@ -15,7 +15,17 @@ from torch import Tensor
 
 from uniformer_kernels import _runtime
 
-__all__ = ["Config", "Shape", "Tuned", "packed", "readable", "run_of", "tile_of", "tuned_for"]
+__all__ = [
+    "Config",
+    "Shape",
+    "Tuned",
+    "packed",
+    "readable",
+    "run_of",
+    "sums_of",
+    "tile_of",
+    "tuned_for",
+]
 
 # 2 channels a lane, on 4 warps. Where benchmarks/tune.py has timed a shape, what it found fastest
 # is in tuned.json and goes before these.
@@ -83,3 +93,43 @@ def run_of(
             inside = inside & (w0 + n < W)[:, None]
         run = run + (tl.load(at + n * STRIDE, mask=inside, other=0.0).to(tl.float32),)
     return run
+
+
+@triton.jit
+def sums_of(
+    corner, Weight, c, in_c, in_tiles, t, h0, w0, T, H, W, stride_xt, stride_xh,
+    C: tl.constexpr, STRIDE_XW: tl.constexpr,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MIRROR: tl.constexpr,
+    NH: tl.constexpr, NW: tl.constexpr, EVEN_W: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Products of all taps, NH * NW sums of (BLOCK_P, BLOCK_C): outputs from (t, h0, w0) on.
+
+    `corner` is where column w0 of a clip's first row and frame lies in x. Weight is
+    (KT * KH * KW, C); MIRROR reads its taps from the last to the first.
+    """
+    acc = (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),) * (NH * NW)
+    for i in range(KT):
+        from_t = t + i - KT // 2
+        in_t = (from_t >= 0) & (from_t < T) & in_tiles
+        frame = corner + (from_t.to(tl.int64) * stride_xt)[:, None]
+        for r in tl.static_range(NH + KH - 1):
+            from_h = h0 + r - KH // 2
+            mask = (in_t & (from_h >= 0) & (from_h < H))[:, None] & in_c
+            at = frame + (from_h.to(tl.int64) * stride_xh)[:, None]
+            xs = run_of(at, mask, w0, W, -(KW // 2), NW + KW // 2, STRIDE_XW, NW, EVEN_W)
+            for j in tl.static_range(KH):
+                if (r - j >= 0) and (r - j < NH):
+                    for k in tl.static_range(KW):
+                        tap = (i * KH + j) * KW + k
+                        tap = KT * KH * KW - 1 - tap if MIRROR else tap
+                        weight = tl.load(Weight + tap * C + c[None, :], mask=in_c, other=0.0)
+                        weight = weight.to(tl.float32)
+                        new = ()
+                        for s in tl.static_range(NH * NW):
+                            if s // NW == r - j:
+                                new = new + (acc[s] + xs[s % NW + k] * weight,)
+                            else:
+                                new = new + (acc[s],)
+                        acc = new
+    return acc

@@ -25,7 +25,9 @@ from uniformer_kernels import _runtime, dwconv3d_native
 from uniformer_kernels._norm import channel_stats
 from uniformer_kernels._operator import Operator
 
-__all__ = ["MAX_KERNEL", "dwconv3d", "dwconv3d_ref", "dwconv3d_stats"]
+__all__ = [
+    "MAX_KERNEL", "conv_bwd", "conv_fwd", "dwconv3d", "dwconv3d_ref", "dwconv3d_stats", "prepare",
+]  # fmt: skip
 
 MAX_KERNEL = 9  # the largest tube size of the paper's ablation
 
@@ -98,7 +100,7 @@ def _fwd_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool)
 # --- Ops: shapes, dispatch, autograd --------------------------------------------------
 
 
-def _fwd_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+def conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
     """x (B, T, H, W, C), weight (C, 1, kt, kh, kw), bias (C,) -> y (B, T, H, W, C), contiguous."""
     served_by = _served_by("fwd", x, weight)
     if x.numel() == 0:
@@ -111,10 +113,10 @@ def _fwd_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) 
 def _stats_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool
 ) -> tuple[Tensor, Tensor]:
-    """y as of `_fwd_kernel`, and (2, C): mean and biased variance of its channels."""
+    """y as of `conv_fwd`, and (2, C): mean and biased variance of its channels."""
     if _served_by("fwd", x, weight) == "triton":
         return _triton().fwd_with_stats(x, weight, bias, residual)
-    y = _fwd_kernel(x, weight, bias, residual)
+    y = conv_fwd(x, weight, bias, residual)
     return y, channel_stats(y)
 
 
@@ -222,13 +224,13 @@ def _bwd_fake(dy, x, weight, residual, with_dx, with_dw):
 
 _fwd = Operator(
     "dwconv3d(Tensor x, Tensor weight, Tensor? bias, bool residual) -> Tensor",
-    _fwd_kernel, _fwd_fake, _fwd_pytorch,
+    conv_fwd, _fwd_fake, _fwd_pytorch,
 )  # fmt: skip
 _stats = Operator(
     "dwconv3d_stats(Tensor x, Tensor weight, Tensor? bias, bool residual) -> (Tensor, Tensor)",
     _stats_kernel, _stats_fake,
 )  # fmt: skip
-_bwd = Operator(
+conv_bwd = Operator(
     "dwconv3d_bwd(Tensor dy, Tensor x, Tensor weight, bool residual, bool with_dx, bool with_dw)"
     " -> (Tensor, Tensor, Tensor)",
     _bwd_kernel, _bwd_fake, _bwd_pytorch,
@@ -247,7 +249,7 @@ class _Fwd(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        dx, dw, db = _bwd(dy, x, weight, ctx.residual, for_x, for_weight or for_bias)
+        dx, dw, db = conv_bwd(dy, x, weight, ctx.residual, for_x, for_weight or for_bias)
         return dx if for_x else None, dw if for_weight else None, db if for_bias else None, None
 
 
@@ -266,13 +268,13 @@ class _Stats(torch.autograd.Function):
         return _Fwd.backward(ctx, dy)
 
 
-@_bwd.differentiable
+@conv_bwd.differentiable
 class _Bwd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, x, weight, residual, with_dx, with_dw):
         ctx.residual, ctx.with_dx, ctx.with_dw = residual, with_dx, with_dw
         ctx.save_for_backward(dy, x, weight)
-        return _bwd.below_autograd(dy, x, weight, residual, with_dx, with_dw)
+        return conv_bwd.below_autograd(dy, x, weight, residual, with_dx, with_dw)
 
     @staticmethod
     def backward(ctx, gdx, gdw, gdb):
@@ -281,7 +283,7 @@ class _Bwd(torch.autograd.Function):
         g_dy = g_x = g_weight = None
         if ctx.with_dx:
             g_dy = _fwd(gdx, weight, None, ctx.residual)
-            g_weight = _bwd(dy, gdx, weight, False, False, True)[1]
+            g_weight = conv_bwd(dy, gdx, weight, False, False, True)[1]
         if ctx.with_dw:
             share = _fwd(x, gdw, gdb, False)
             g_dy = share if g_dy is None else g_dy + share
@@ -294,7 +296,7 @@ def _fwd_flops(x_shape, weight_shape, *_, **__):
     return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
 
 
-@register_flop_formula(_bwd.packet)
+@register_flop_formula(conv_bwd.packet)
 def _bwd_flops(dy_shape, x_shape, weight_shape, residual, with_dx, with_dw, **_):
     return _fwd_flops(x_shape, weight_shape) * (with_dx + with_dw)
 
@@ -327,7 +329,7 @@ def dwconv3d(
             run on x's device.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    x, plain = _prepare(x, weight, bias, residual)
+    x, plain = prepare(x, weight, bias, residual)
     if plain:
         return dwconv3d_ref(x, weight, bias, residual=residual)
     return _fwd(x, weight, bias, residual)
@@ -349,14 +351,14 @@ def dwconv3d_stats(
     """
     if x.numel() == 0:
         raise ValueError(f"x must have elements to have statistics, got {tuple(x.shape)}")
-    x, plain = _prepare(x, weight, bias, residual)
+    x, plain = prepare(x, weight, bias, residual)
     if not plain:
         return _stats(x, weight, bias, residual)
     y = dwconv3d_ref(x, weight, bias, residual=residual)
     return y, channel_stats(y)
 
 
-def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> tuple[Tensor, bool]:
+def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> tuple[Tensor, bool]:
     """x as autocast has it, and whether to run in plain PyTorch."""
     _check(x, weight, bias)
     x = x if residual else x.to(_runtime.product_dtype(x))

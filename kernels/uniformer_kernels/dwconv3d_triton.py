@@ -22,7 +22,7 @@ from uniformer_kernels._depthwise import (
     Tuned,
     packed,
     readable,
-    run_of,
+    sums_of,
     tile_of,
     tuned_for,
 )
@@ -60,30 +60,10 @@ def _dwconv3d_fwd_kernel(
     t, b = bt % T, (bt // T).to(tl.int64)
     corner = X + (b * stride_xb + w0 * STRIDE_XW)[:, None] + c[None, :]  # (BLOCK_P, BLOCK_C)
 
-    acc = (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),) * (NH * NW)
-    for i in range(KT):
-        from_t = t + i - KT // 2
-        in_t = (from_t >= 0) & (from_t < T) & (tile < tiles)
-        frame = corner + (from_t.to(tl.int64) * stride_xt)[:, None]
-        for r in tl.static_range(NH + KH - 1):
-            from_h = h0 + r - KH // 2
-            mask = (in_t & (from_h >= 0) & (from_h < H))[:, None] & in_c
-            at = frame + (from_h.to(tl.int64) * stride_xh)[:, None]
-            xs = run_of(at, mask, w0, W, -(KW // 2), NW + KW // 2, STRIDE_XW, NW, EVEN_W)
-            for j in tl.static_range(KH):
-                if (r - j >= 0) and (r - j < NH):
-                    for k in tl.static_range(KW):
-                        tap = (i * KH + j) * KW + k
-                        tap = KT * KH * KW - 1 - tap if MIRROR else tap
-                        weight = tl.load(Weight + tap * C + c[None, :], mask=in_c, other=0.0)
-                        weight = weight.to(tl.float32)
-                        new = ()
-                        for s in tl.static_range(NH * NW):
-                            if s // NW == r - j:
-                                new = new + (acc[s] + xs[s % NW + k] * weight,)
-                            else:
-                                new = new + (acc[s],)
-                        acc = new
+    acc = sums_of(
+        corner, Weight, c, in_c, tile < tiles, t, h0, w0, T, H, W, stride_xt, stride_xh,
+        C, STRIDE_XW, KT, KH, KW, MIRROR, NH, NW, EVEN_W, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
 
     here = corner + (t.to(tl.int64) * stride_xt)[:, None]
     to = Y + (((bt.to(tl.int64) * H + h0) * W + w0) * C)[:, None] + c[None, :]
