@@ -1,12 +1,13 @@
-"""The layers around the two operators: FFN, patch embedding, LayerNorm, BatchNorm + pointwise.
+"""The layers around the two operators, as FFN, patch embedding, and norms beside their neighbours.
 
 Ours is what the network runs now; rivals are plain PyTorch in NCTHW and, on a GPU, torch.compile of
 ours. Parameters are fp32 under autocast where the dtype has 16 bits, as in training.
 
 Cost, with A elements of the input of C channels, s bytes each: an FFN of 4C hidden channels reads
 and writes 2A forward and 3A backward if its hidden layer stays on chip, for 16 A C and 32 A C
-operations. BatchNorm with batch statistics reads x once for them and once to apply them. LayerNorm
-counts some 8 operations an element. A patch embedding reads its input and writes its output.
+operations. BatchNorm with batch statistics reads x once for them and once to apply them. The DPE
+stores its sum and the norm of that, for 54 operations an element and some 8 of the norm. A patch
+embedding reads its input and writes its output.
 """
 
 import copy
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from benchmarks.harness import Case, Problem, Provider, truth_dtype
 from benchmarks.machine import DTYPES, OURS
 from benchmarks.shapes import Stage, stages
-from uniformer.layers import FFN, PatchEmbed, Pointwise
-from uniformer_kernels import Norm, channel_stats, pointwise
+from uniformer.layers import DPE, FFN, PatchEmbed, Pointwise
+from uniformer_kernels import Norm, channel_stats, dwconv3d_norm, pointwise
 
 
 class Run(NamedTuple):
@@ -45,7 +46,7 @@ def _cases(stage: Stage, batch: int, dtype: str) -> Iterator[Case]:
     A = batch * stage.tokens * C
     cost = {
         "FFN": ((2 * A * size, 3 * A * size), (16 * A * C, 32 * A * C)),
-        "LayerNorm": ((2 * A * size, 3 * A * size), (8 * A, 16 * A)),
+        "DPE + LayerNorm": ((3 * A * size, 6 * A * size), (62 * A, 124 * A)),
         "BatchNorm + pointwise": ((3 * A * size, 4 * A * size), (2 * A * C, 4 * A * C)),
     }
     dim_in = {1: 3}.get(stage.number, C // 2)
@@ -58,7 +59,7 @@ def _cases(stage: Stage, batch: int, dtype: str) -> Iterator[Case]:
     )
     local = stage.kind == "L"
     for op, (moved, flops) in cost.items():
-        if op == ("LayerNorm" if local else "BatchNorm + pointwise"):
+        if op == ("DPE + LayerNorm" if local else "BatchNorm + pointwise"):
             continue
         yield Case(
             op, str(stage), stage.number, batch, dtype, partial(problem, op, stage, batch),
@@ -77,8 +78,9 @@ def problem(op: str, stage: Stage, batch: int, device: str) -> Problem:
     if op == "FFN":
         module = FFN(C, 4 * C, conv=stage.kind == "L")
         plain = _ffn_of_convolutions if stage.kind == "L" else None
-    elif op == "LayerNorm":
-        module = nn.LayerNorm(C, eps=1e-6)
+    elif op == "DPE + LayerNorm":
+        module = nn.Sequential(DPE(C), nn.LayerNorm(C, eps=1e-6))
+        ours, plain = _dpe_norm, _convolution_norm
     elif op == "BatchNorm + pointwise":
         module = nn.Sequential(nn.BatchNorm3d(C), Pointwise(C, C))
         ours, plain = _batch_norm_pointwise, _batch_norm_convolution
@@ -124,6 +126,21 @@ def _convolution(module: Any, x: Tensor) -> Tensor:
 
 def _ffn_of_convolutions(module: Any, x: Tensor) -> Tensor:
     return _convolution(module.fc2, F.gelu(_convolution(module.fc1, x)))
+
+
+def _dpe_norm(module: Any, x: Tensor) -> Tensor:
+    """The norm alone: a block's residual takes the sum."""
+    dpe, norm = module
+    return dwconv3d_norm(
+        x, dpe.weight, dpe.bias, norm.weight, norm.bias, eps=norm.eps, residual=True
+    )[1]
+
+
+def _convolution_norm(module: Any, x: Tensor) -> Tensor:
+    """As tokens, which it takes and gives in the rivals' own layout."""
+    dpe, norm = module
+    x = x + F.conv3d(x, dpe.weight, dpe.bias, padding=1, groups=x.shape[1])
+    return norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
 
 
 def _batch_norm_pointwise(module: Any, x: Tensor) -> Tensor:

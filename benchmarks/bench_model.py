@@ -26,7 +26,7 @@ from benchmarks.machine import DTYPES, OURS, said, statistics, take_turns
 from benchmarks.plain import PlainUniFormer
 from benchmarks.runtimes import Elsewhere, runtimes
 from benchmarks.shapes import PASSES
-from uniformer import layers, local_block
+from uniformer import global_block, layers, local_block
 from uniformer.configs import PRESETS
 from uniformer.flops import count_macs
 from uniformer.model import UniFormer
@@ -181,6 +181,7 @@ def _on(convolution: Callable[..., Tensor], model: Any) -> nn.Module:
             patch.object(layers, "dwconv3d", convolution),
             patch.object(local_block, "dwconv3d", convolution),
             patch.object(local_block, "dwconv3d_stats", with_stats),
+            patch.object(global_block, "normalises_rows", lambda _: True),  # not with the DPE
         ):
             return forward(x)
 

@@ -47,6 +47,7 @@ TESTS = (
     "test_local_block",
     "test_dwconv3d",
     "test_dwconv3d_bwd_triton",
+    "test_dwconv3d_norm",
     "test_gpu",
     "test_depthwise",
     "test_layers",

@@ -47,6 +47,9 @@ def main() -> None:
         for C, F in ((24, 72), (128, 512), (8, 16)):
             _block(torch.randn(2, 3, 5, 7, C, device=device), F, torch.float16)
             launched += 1
+        for shape in ((1, 2, 5, 9, 72), (2, 3, 2, 14, 64), (1, 1, 1, 1, 8)):
+            _dpe_norm(torch.randn(shape, device=device))
+            launched += 1
         for N, h, d in ((1, 1, 8), (130, 2, 28), (70, 1, 64)):
             qkv = torch.randn(2, N, 3 * h * d, device=device, dtype=torch.float16)
             attention(qkv.requires_grad_(), h).float().square().sum().backward()
@@ -72,6 +75,16 @@ def _block(x: torch.Tensor, F: int, dtype: torch.dtype) -> None:
         x, stats = pointwise_stats(x, w, b, norm=norm, scale=scale, residual=x)
         x = ffn(x, w1, b1, w2, b2, norm=Norm(stats, gamma, b), scale=scale, residual=True)
     x.float().square().sum().backward()
+
+
+def _dpe_norm(x: torch.Tensor) -> None:
+    """In one kernel, however few its programs; its gradient runs kernels that are seen above."""
+    from uniformer_kernels import dwconv3d_norm_triton
+
+    C = x.shape[-1]
+    weight = torch.randn(C, 1, 3, 3, 3, device=x.device)
+    bias, gamma, beta = torch.randn(3, C, device=x.device)
+    dwconv3d_norm_triton.fwd(x, weight, bias, True, gamma, beta, 1e-6, torch.float16)
 
 
 def _embed(x: torch.Tensor, N: int, dtype: torch.dtype) -> None:

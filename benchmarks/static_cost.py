@@ -56,6 +56,7 @@ def cases(arch: int) -> Iterator[Case]:
     """For sm_`arch`, in the same order for each: label, kernel, its arguments (a dtype for a
     pointer, or a value), options of the launch."""
     yield from _dwconv3d_cases()
+    yield from _dwconv3d_norm_cases()
     for C, T, H, W in LOCAL:
         yield from (*_pointwise_cases(B * T * H * W, C), *_ffn_cases(B * T * H * W, C))
     yield from _patch_embed_cases()
@@ -96,6 +97,22 @@ def _dwconv3d_cases() -> Iterator[Case]:
                 f"dwconv3d_{name} {label}", run,
                 arguments | config.arguments, {"num_warps": config.warps},
             )  # fmt: skip
+
+
+def _dwconv3d_norm_cases() -> Iterator[Case]:
+    """The DPE of the global blocks, under autocast: the stream in fp32, its norm in bf16."""
+    from uniformer_kernels import dwconv3d_norm_triton as op
+
+    for C, T, H, W in SHAPES[2:]:
+        strides = dict(zip("bth", (T * H * W * C, H * W * C, W * C), strict=True))
+        arguments: dict[str, Any] = {f"stride_x{axis}": n for axis, n in strides.items()}
+        arguments |= dict.fromkeys(("X", "Y", "Weight", "Bias", "Gamma", "Beta"), "fp32")
+        arguments |= {"Normed": "bf16", "eps": 1e-6, "RESIDUAL": True} | NORM
+        config = op.fwd_config((B, T, H, W, C), C, (3, 3, 3))
+        yield (
+            f"dwconv3d_norm_fwd 3x3x3 C={C} {T}x{H}x{W} bf16", op._dwconv3d_norm_fwd_kernel,
+            arguments | config.arguments, {"num_warps": config.warps},
+        )  # fmt: skip
 
 
 NORM = {"Mean": "fp32", "Rstd": "fp32"}

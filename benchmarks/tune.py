@@ -50,6 +50,7 @@ TOLERANCE = 1e-4
 
 Row = dict[str, Any]  # as in the file; to launch, its backend and sizes alone
 SIZES = ("NH", "NW", "BLOCK_P", "BLOCK_C")
+APART: Row = {"backend": "apart"}  # two kernels one after the other
 
 # NH (if any), NW, BLOCK_P, BLOCK_C, warps. The most promising first, by what the compiler makes of
 # them for sm_90: instructions a product, against the registers, which decide how many warps fit.
@@ -79,6 +80,11 @@ CANDIDATES: dict[tuple[str, int], tuple[tuple[int, ...], ...]] = {
         (4, 4, 64, 4), (7, 8, 64, 8), (4, 8, 64, 8), (7, 4, 32, 4), (14, 4, 32, 4),
         (2, 4, 64, 4), (7, 8, 32, 8), (14, 8, 32, 8),
     ),
+    # All channels in a program: smaller tiles make more of them.
+    ("norm", 3): (
+        (1, 7, 4, 64, 4), (2, 7, 2, 64, 2), (1, 7, 2, 64, 2), (4, 7, 4, 64, 4), (2, 7, 8, 64, 8),
+        (1, 7, 8, 64, 8), (2, 7, 4, 128, 8), (1, 7, 1, 64, 1),
+    ),
 }  # fmt: skip
 
 
@@ -100,15 +106,17 @@ class Case(NamedTuple):
 def list_cases(dry_run: bool) -> list[Case]:
     """All of bf16 first, and of it 5x5x5: the network spends most there."""
     shapes = {k: [(BATCH, T, H, W, C) for C, T, H, W in KERNELS[k]] for k in (5, 3)}
+    normed = shapes[3][2:]  # the stages with LayerNorms
     if dry_run:
         shapes = {3: [(1, 1, 1, 7, 8)]}
+        normed = shapes[3]
     return [
         Case(direction, k, dtype, shape)
         for dtype in ("bf16", "fp16")
         for k in shapes
         for shape in shapes[k]
-        for direction in ("fwd", "bwd_weight", "bwd")
-        if (direction, k) in CANDIDATES
+        for direction in ("fwd", "bwd_weight", "bwd", "norm")
+        if (direction, k) in CANDIDATES and (direction != "norm" or shape in normed)
     ]
 
 
@@ -125,10 +133,17 @@ def _backward() -> ModuleType:
     return dwconv3d_bwd_triton
 
 
+def _with_norm() -> ModuleType:
+    from uniformer_kernels import dwconv3d_norm_triton
+
+    return dwconv3d_norm_triton
+
+
 def _config(case: Case, tuned: Row) -> Any:
     kernel, C, op = (case.k,) * 3, case.shape[-1], _backward()
-    if case.direction == "fwd":
-        return _forward().fwd_config(case.shape, C, kernel, tuned)
+    if case.direction in ("fwd", "norm"):
+        forward = _forward() if case.direction == "fwd" else _with_norm()
+        return forward.fwd_config(case.shape, C, kernel, tuned)
     if "NH" in tuned:
         return op.tiles_config(case.shape, C, C, kernel, 1, tuned)
     return op.bwd_config(case.shape, C, C, kernel, 1, tuned, with_dx=case.direction == "bwd")
@@ -144,7 +159,8 @@ def rows_of(case: Case, dry_run: bool = False) -> list[Row]:
         row = {"backend": "triton"} | arguments | {"warps": config.warps}
         if row not in rows:  # a small shape makes several the same
             rows.append(row)
-    return rows if case.direction == "bwd" else [*rows, {"backend": "cuda"}]
+    rivals: dict[str, list[Row]] = {"bwd": [], "norm": [APART]}
+    return rows + rivals.get(case.direction, [{"backend": "cuda"}])
 
 
 # --- One launch -----------------------------------------------------------------------
@@ -175,6 +191,13 @@ def launch(case: Case, row: Row, tensors: Tensors) -> tuple[Tensor, ...]:
     """Run a case as the network does; the DPE, 3x3x3, has a residual."""
     dy, x, weight, bias = tensors
     residual, cuda = case.k == 3, row["backend"] == "cuda"
+    if case.direction == "norm":
+        ones, eps = torch.ones_like(bias), 1e-6
+        if row["backend"] == "triton":
+            return _with_norm().fwd(x, weight, bias, residual, ones, bias, eps, x.dtype, tuned=row)
+        y = _forward().fwd(x, weight, bias, residual)
+        gamma, beta = (t.to(x.dtype if GPU else torch.float32) for t in (ones, bias))
+        return y, *torch.native_layer_norm(y, y.shape[-1:], gamma, beta, eps)
     if case.direction == "bwd":
         return _backward().bwd(dy, x, weight, residual, tuned=row)
     if case.direction == "bwd_weight":
@@ -289,6 +312,7 @@ def compile_all(
             why = library.get(left())
             cuda = {"backend": "cuda"}
             done += [(case, cuda, why) for case in rows if cuda in rows[case]]
+    done += [(case, APART, None) for case in rows if APART in rows[case]]  # compiled for others
     works = [(case, row) for case, row, why in done if why is None]
     failed = [(case, row, why) for case, row, why in done if why is not None]
     return {c: [row for row in rows[c] if (c, row) in works] for c in rows}, failed

@@ -14,6 +14,7 @@ from benchmarks import bench_model, gpu, harness, machine, run
 from benchmarks.harness import Case, Problem, Provider
 from uniformer.configs import UniFormerConfig
 from uniformer.model import UniFormer
+from uniformer_kernels import backend
 from uniformer_kernels.dwconv3d import dwconv3d_ref
 
 CEILINGS = {"copy_GBps": 20.0, "fp32_TFLOPs": 0.1, "fp16_TFLOPs": 0.1, "bf16_TFLOPs": 0.2}
@@ -205,17 +206,17 @@ def test_results_are_written_whole_and_read_back(tmp_path):
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
-    words = ["ops", "LayerNorm|attention", "--tiny", "--seconds", "0", "--out", str(tmp_path)]
+    words = ["ops", "DPE|attention", "--tiny", "--seconds", "0", "--out", str(tmp_path)]
     file = tmp_path / f"ops_{machine.slug(DEVICE)}.json"
     assert run.main([*words, "--limit", "0"]) == run.OUT_OF_TIME
     assert "out of time: 4 of 4 ops are not measured" in capsys.readouterr().out
-    assert run.main(["ops", "LayerNorm", *words[2:], "--no-report"]) == 0
+    assert run.main(["ops", "DPE", *words[2:], "--no-report"]) == 0
     first = machine.read(file)["rows"]
     assert run.main([*words, "--resume"]) == 0
     assert "2 of 4 ops are measured already" in capsys.readouterr().out
     rows = machine.read(file)["rows"]
     assert rows[: len(first)] == first
-    assert {row["op"] for row in rows} == {"LayerNorm", "attention"}
+    assert {row["op"] for row in rows} == {"DPE + LayerNorm", "attention"}
     assert (tmp_path / f"report_{machine.slug(DEVICE)}.md").is_file()
 
 
@@ -251,9 +252,9 @@ def test_words_that_nothing_has_are_refused(capsys):
 
 @pytest.mark.skipif(machine.git("rev-parse", "HEAD") is None, reason="this is no git checkout")
 def test_two_revisions_are_compared(tmp_path, capfd):
-    run.main(["ops", "LayerNorm", "--tiny", "--seconds", "0", "--base", "HEAD"])
+    run.main(["ops", "DPE", "--tiny", "--seconds", "0", "--base", "HEAD"])
     printed = capfd.readouterr().out
-    assert "LayerNorm C=64 2x4x4" in printed
+    assert "DPE + LayerNorm C=64 2x4x4" in printed
     assert "x  " in printed
     with pytest.raises(SystemExit, match="'nowhere' is no revision"):
         run.main(["ops", "--base", "nowhere"])
@@ -327,8 +328,9 @@ print("fine")
     assert done.stdout == "fine\n", done.stderr
 
 
+@pytest.mark.parametrize("path", ["auto", "triton"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_network_on_another_convolution_calls_nothing_else(mode):
+def test_a_network_on_another_convolution_calls_nothing_else(mode, path):
     """Two in each of the two local blocks, one in each global one."""
     calls = []
 
@@ -339,6 +341,9 @@ def test_a_network_on_another_convolution_calls_nothing_else(mode):
     cfg = UniFormerConfig(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), head_dim=8, num_classes=2)
     model = getattr(UniFormer(cfg), mode)()
     operators = sys.modules[dwconv3d_ref.__module__]
-    with patch.object(operators, "_fwd", None), patch.object(operators, "_stats", None):
+    with (
+        patch.object(operators, "_fwd", None), patch.object(operators, "_stats", None),
+        backend(path),
+    ):  # fmt: skip
         bench_model._on(counted, model)(torch.randn(2, 3, 2, 32, 32))
     assert len(calls) == 2 * 2 + 2

@@ -9,6 +9,8 @@ from uniformer.local_block import LocalBlock
 from uniformer_kernels import attention, backend, dwconv3d
 from uniformer_kernels.attention import attention_ref
 
+dwconv3d_norm_triton = pytest.importorskip("uniformer_kernels.dwconv3d_norm_triton")
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -33,6 +35,20 @@ def test_a_thousand_repetitions_are_equal_to_the_bit(name, k, C, size):
         for _ in range(1000):
             for now, then in zip(once(), first, strict=True):
                 different += (now != then).sum()
+    assert int(different) == 0
+
+
+@pytest.mark.parametrize(("C", "size"), [(320, 14), (512, 7)])
+def test_convolution_and_norm_are_equal_to_the_bit(C, size):
+    """Its threads read what others of the program have stored."""
+    x = torch.randn(32, 8, size, size, C, device="cuda", dtype=torch.bfloat16)
+    weight, *rest = (torch.randn(s, device="cuda") for s in ((C, 1, 3, 3, 3), (C,), (C,), (C,)))
+    assert dwconv3d_norm_triton.in_one_pass(x, (3, 3, 3))
+    args = (x, weight, rest[0], True, rest[1], rest[2], 1e-6, x.dtype)
+    first, different = dwconv3d_norm_triton.fwd(*args), torch.zeros((), device="cuda").long()
+    for _ in range(1000):
+        for now, then in zip(dwconv3d_norm_triton.fwd(*args), first, strict=True):
+            different += (now != then).sum()
     assert int(different) == 0
 
 

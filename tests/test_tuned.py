@@ -105,7 +105,7 @@ def test_the_file_of_the_package_is_well_formed():
         for (op, key), row in _runtime._read_tuned(arch).items():
             direction, kernel, dtype, C, shape = key
             assert op == "dwconv3d"
-            assert direction in ("fwd", "bwd_weight", "bwd")
+            assert direction in ("fwd", "bwd_weight", "bwd", "norm")
             assert dtype in _runtime.DTYPES.values()
             assert (len(kernel), len(shape), type(C)) == (3, 3, int)
             assert row["ms"] <= min(row["rival_ms"].values())
@@ -294,7 +294,7 @@ def test_a_dry_run_writes_a_valid_table(dry, monkeypatch):
     rows = _runtime._read_tuned(arch)
     keys = {
         ("dwconv3d", (direction, (3, 3, 3), dtype, 8, (1, 1, 7)))
-        for direction in ("fwd", "bwd_weight", "bwd")
+        for direction in ("fwd", "bwd_weight", "bwd", "norm")
         for dtype in (torch.bfloat16, torch.float16)
     }
     assert keys <= set(rows)
@@ -303,7 +303,9 @@ def test_a_dry_run_writes_a_valid_table(dry, monkeypatch):
         assert rows[key]["rival_ms"]["default"] >= rows[key]["ms"]
         sizes = [name for name in tune.SIZES if name != "NH" or key[1][0] == "fwd"]
         assert all(type(rows[key][name]) is int for name in (*sizes, "warps"))
-        assert ("apart" in (rows[key]["backend"], *rows[key]["rival_ms"])) == (key[1][0] == "bwd")
+        assert ("apart" in (rows[key]["backend"], *rows[key]["rival_ms"])) == (
+            key[1][0] in ("bwd", "norm")
+        )
     assert "0 not tried" in said
     assert ("4 skipped" in said and "there is no CUDA device" in said) or GPU
 
@@ -384,14 +386,15 @@ def test_one_pass_is_compared_with_its_parts():
 
 def test_candidates_differ_and_are_few(op):
     cases = tune.list_cases(dry_run=False)
-    assert [case.dtype for case in cases] == 16 * ["bf16"] + 16 * ["fp16"]
+    assert [case.dtype for case in cases] == 18 * ["bf16"] + 18 * ["fp16"]
     assert cases[0].key == "fwd 5x5x5 bf16 64 8x56x56"
     for case in cases:
         rows = tune.rows_of(case)
         assert 6 <= len(rows) <= 17
         assert all(row not in rows[:i] for i, row in enumerate(rows))
         *_, H, W, _ = case.shape
-        assert (rows[-1] == {"backend": "cuda"}) == (case.direction != "bwd")
+        last = {"norm": "apart", "bwd": "triton"}.get(case.direction, "cuda")
+        assert rows[-1]["backend"] == last
         for row in rows[:-1]:
             # A lane of every thread, and no more sums than a thread has registers.
             lanes = row["BLOCK_P"] * row["BLOCK_C"] / 32 / row["warps"]

@@ -74,7 +74,7 @@ def _dwconv3d_norm_fwd_kernel(
                 y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
             y = y.to(Y.dtype.element_ty)
             tl.store(Y + ((first + s // NW * W + s % NW) * C)[:, None] + c[None, :], y, mask=mask)
-            new = new + (total[s] + tl.where(mask, y.to(tl.float32), 0.0),)
+            new = new + (total[s] + y.to(tl.float32),)  # zero beyond C
         total = new
     tl.debug_barrier()  # what one thread has stored another may read
 
