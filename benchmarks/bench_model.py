@@ -31,7 +31,6 @@ from uniformer.configs import PRESETS
 from uniformer.flops import count_macs
 from uniformer.model import UniFormer
 from uniformer_kernels import channel_stats
-from uniformer_kernels.dwconv3d import dwconv3d_ref
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
 CLASSES = 400
@@ -154,10 +153,10 @@ def providers(run: Run, device: str, compiled: bool) -> dict[str, Callable[[], n
         return made(UniFormer(cfg))
 
     found = {OURS: ours, "PyTorch NCTHW": plain, "PyTorch channels_last_3d": channels_last}
-    if run.mode == "training" and device == "cpu" and run.dtype == "fp32" and run.size == 224:
+    if run.mode == "training" and device == "cpu" and run.size == 224:
         # What the depthwise convolution alone is worth: all else is equal.
         found["uniformer on F.conv3d NCTHW"] = lambda: _on(_ncthw, ours())
-        found["uniformer on F.conv3d channels_last_3d"] = lambda: _on(dwconv3d_ref, ours())
+        found["uniformer on F.conv3d channels_last_3d"] = lambda: _on(_channels_last, ours())
     if compiled:
         for name, make in list(found.items()):
             if name == OURS and device == "cpu":
@@ -195,6 +194,15 @@ def _ncthw(
     padding = [k // 2 for k in weight.shape[2:]]
     y = F.conv3d(x.permute(0, 4, 1, 2, 3).contiguous(), weight, bias, 1, padding, 1, x.shape[-1])
     y = y.permute(0, 2, 3, 4, 1).contiguous()
+    return x + y if residual else y
+
+
+def _channels_last(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False
+) -> Tensor:
+    padding = [k // 2 for k in weight.shape[2:]]
+    y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, 1, padding, 1, x.shape[-1])
+    y = y.permute(0, 2, 3, 4, 1)
     return x + y if residual else y
 
 
