@@ -191,6 +191,19 @@ def test_the_slope_of_gelu(dtype):
     assert ((dh - want).abs() <= 1e-6 * dy.abs() + eps * want.abs()).all()
 
 
+@pytest.mark.skipif(not served(torch.bfloat16), reason="not served here")
+@pytest.mark.parametrize(("M", "N"), [(0, 8), (1, 1), (5, 67), (403, 200)], ids=str)
+def test_columns_are_added_up_in_fp32(M, N):
+    """Fewer rows and columns than it takes at a time, and one more."""
+    x = torch.randn(M, N).bfloat16() + 300
+    got, want = products_native.column_sums(x), x.double().sum(0)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    assert got.dtype == torch.float32
+    apart = x.new_zeros(M, 2 * N)[:, ::2].copy_(x)
+    for left in (x.float(), x.half(), apart if M > 1 else x.double()):
+        assert products_native.column_sums(left) is None
+
+
 @NATIVE
 @pytest.mark.parametrize("tokens", [40, 500])
 def test_threads_do_not_change_a_bit(dtype, tokens, counted):

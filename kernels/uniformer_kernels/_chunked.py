@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from uniformer_kernels import _runtime
+from uniformer_kernels import _runtime, products_native
 from uniformer_kernels._norm import Norm, Prologue, Sums
 
 __all__ = [
     "Chunks", "accumulate", "compute_dtype", "fitted", "normalises_rows", "prepare", "product",
-    "product_into", "serves", "some", "spread", "through_norm",
+    "product_into", "serves", "some", "spread", "summed", "through_norm",
 ]  # fmt: skip
 
 ROWS = {2: 4096, 4: 1024, 8: 512}  # by bytes an element; 16-bit products want more to start well
@@ -102,6 +102,12 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += a @ b
+
+
+def summed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (M, N) -> (N,), added up in `dtype`, no less exact than x."""
+    found = products_native.column_sums(x) if dtype == torch.float32 else None
+    return x.sum(0, dtype=dtype) if found is None else found
 
 
 class Chunks:

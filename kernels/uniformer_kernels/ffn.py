@@ -32,6 +32,7 @@ from uniformer_kernels._chunked import (
     serves,
     some,
     spread,
+    summed,
     through_norm,
 )
 from uniformer_kernels._norm import (
@@ -115,10 +116,10 @@ def _bwd_chunked(
             torch.ops.aten.gelu_(a)
         if with_dw or norm is not None:
             accumulate(G, dh.t(), xhat)
-            db1 += dh.sum(0, dtype=exact)
+            db1 += summed(dh, exact)
         if with_dw:
             accumulate(dw2, d.t(), a)
-            db2 += d.sum(0, dtype=exact)
+            db2 += summed(d, exact)
         if chunks.per_row:
             g = chunks.through_rows(rows, product(dh, c1, None, buffer))
             if dx is not None:

@@ -32,6 +32,7 @@ from uniformer_kernels._chunked import (
     serves,
     some,
     spread,
+    summed,
     through_norm,
 )
 from uniformer_kernels._norm import (
@@ -106,7 +107,7 @@ def _bwd_chunked(
         d = chunks.gradient(dy[rows], some(scale, rows))
         if with_dw or norm is not None:
             accumulate(G, d.t(), xhat)
-            db += d.sum(0, dtype=exact)
+            db += summed(d, exact)
         if chunks.per_row:
             g = chunks.through_rows(rows, product(d, cast, None, buffer))
             if dx is not None:

@@ -1,5 +1,5 @@
-"""The C++ of `pointwise` and `ffn`, `csrc/pointwise_cpu.cpp` and `csrc/ffn_cpu.cpp`: forwards, and
-the gradient of GELU.
+"""The C++ of `pointwise` and `ffn`, `csrc/pointwise_cpu.cpp` and `csrc/ffn_cpu.cpp`: forwards; and
+of their gradients GELU's, and sums over rows (`csrc/sums_cpu.cpp`).
 
 Parameters go there as they are: what C++ does to them costs no operator of PyTorch, and some ten
 of those would take a tenth of the forward.
@@ -16,7 +16,7 @@ from torch import Tensor
 from uniformer_kernels import _runtime
 from uniformer_kernels._runtime import native
 
-__all__ = ["ffn", "gelu_bwd_", "pointwise", "serves"]
+__all__ = ["column_sums", "ffn", "gelu_bwd_", "pointwise", "serves"]
 
 HALF = {torch.float32: 0, torch.bfloat16: 1}  # dtypes that the kernels read and write
 
@@ -142,3 +142,16 @@ def gelu_bwd_(h: Tensor, dh: Tensor) -> bool:
         h.data_ptr(), dh.data_ptr(), h.numel(), HALF[h.dtype], _runtime.parallel_for()
     )
     return code == 0
+
+
+def column_sums(x: Tensor) -> Tensor | None:
+    """x (M, N) -> (N,) in fp32; None of what it does not serve: it takes bf16, contiguous."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not x.is_contiguous():
+        return None
+    if _runtime.why_not("native"):
+        return None
+    sums = x.new_empty(x.shape[1], dtype=torch.float32)
+    code = native("uniformer_column_sums", "pqqpp")(
+        x.data_ptr(), *x.shape, sums.data_ptr(), _runtime.parallel_for()
+    )
+    return None if code else sums
