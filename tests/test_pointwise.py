@@ -299,6 +299,18 @@ def test_a_fork_is_one_node_and_copies_nothing(device):
     assert torch.equal(dx, want)
 
 
+@pytest.mark.parametrize("used", [0, 1], ids=["y", "x"])
+def test_a_fork_may_be_used_by_half(used, device, chosen):
+    x, weight = torch.randn(4, 8, device=device), torch.randn(16, 8, device=device)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    dy = torch.randn(4, (16, 8)[used], device=device)
+    got = torch.autograd.grad(pointwise_fork(*leaves)[used], leaves, dy, allow_unused=True)
+    plain = (pointwise_ref(*leaves), x * 1)[used]
+    want = torch.autograd.grad(plain, leaves, dy, allow_unused=True)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
+    assert (got[1] is None) == (want[1] is None) == bool(used)
+
+
 def test_a_fork_of_what_needs_no_gradient_needs_none(device):
     x, weight, *_ = inputs((2, 1, 4, 4, 8), 8, device)
     y, kept = pointwise_fork(x, weight.requires_grad_())

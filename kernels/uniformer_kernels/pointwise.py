@@ -220,6 +220,7 @@ class _Fwd(torch.autograd.Function):
         x, weight, _, stats, gamma, beta, *constants, scale, _, _, dtype = args
         ctx.save_for_backward(x, weight, stats, gamma, beta, scale)
         ctx.rest = constants, dtype
+        ctx.set_materialize_grads(False)  # of a fork a result may be of no use
         y, found = _fwd.below_autograd(*args)
         ctx.mark_non_differentiable(found)
         return y, found
@@ -233,7 +234,9 @@ class _Fwd(torch.autograd.Function):
         for_x, for_weight, for_bias, _, for_gamma, for_beta, *_, for_residual, _, _ = wanted
         dx = dw = db = dgamma = dbeta = None
         with_dw = for_weight or for_bias or for_gamma or for_beta
-        if for_x or with_dw:
+        if dy is None:
+            dx = more
+        elif for_x or with_dw:
             dx, dw, db, dgamma, dbeta = _bwd(
                 dy, *tensors, *constants, scale, more, dtype, for_x, with_dw
             )
