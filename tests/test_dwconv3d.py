@@ -277,6 +277,39 @@ def test_autocast_casts_as_for_convolutions(dtype, device, fast):
     assert (x.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float32)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_bf16_autocast_has_gradients_on_every_path(residual, device, fast):
+    """PyTorch's own in bf16 on a CPU are garbage: neither the reference nor torch.func may be."""
+    x, weight, bias = inputs((2, 2, 3, 7, 24), (3, 3, 3), device)
+    dy = torch.randn_like(x)
+
+    def loss(weight):
+        with torch.autocast(device, torch.bfloat16):
+            y = dwconv3d(x, weight, bias, residual=residual)
+        assert y.dtype == (torch.float32 if residual else torch.bfloat16)
+        return (y.float() * dy).sum()
+
+    want = torch.func.grad(lambda w: (dwconv3d_ref(x, w, bias, residual=residual) * dy).sum())
+    (got,) = torch.autograd.grad(loss(weight.requires_grad_()), weight)
+    want = want(weight.detach())
+    torch.testing.assert_close(got, want, rtol=3e-2, atol=0.2)
+    torch.testing.assert_close(torch.func.grad(loss)(weight.detach()), want, rtol=3e-2, atol=0.2)
+
+
+@pytest.mark.parametrize("C", [16, 24])
+@pytest.mark.parametrize("k", [3, 7])
+@pytest.mark.parametrize("op", [dwconv3d, lambda *a: dwconv3d_stats(*a)[0]], ids=["y", "stats"])
+def test_a_result_may_be_changed_in_place(op, k, C, device, chosen):
+    x, weight, _ = inputs((1, 2, 3, 4, C), (k, 3, k), device)
+    weight.requires_grad_()
+    y = op(x, weight)
+    want = y.detach().clone().relu()
+    y = y.relu_()
+    torch.testing.assert_close(y, want)
+    y.sum().backward()
+    assert weight.grad is not None
+
+
 def test_compiles_and_exports_whole(device, fast):
     class Layer(torch.nn.Module):
         def __init__(self):

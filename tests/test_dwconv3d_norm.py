@@ -222,8 +222,9 @@ def test_torch_func_runs_in_plain_pytorch_and_says_so(device, caplog, monkeypatc
     assert "torch.func" in caplog.text
 
 
-def test_an_empty_batch_stays_empty(device, chosen):
-    x, *rest = inputs((0, 2, 3, 7, 8), (3, 3, 3), device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_an_empty_batch_stays_empty(dtype, device, chosen):
+    x, *rest = inputs((0, 2, 3, 7, 8), (3, 3, 3), device, dtype)
     y, normed = dwconv3d_norm(x.requires_grad_(), *(t.requires_grad_() for t in rest))
     assert y.shape == normed.shape == x.shape
     (y.sum() + normed.sum()).backward()

@@ -329,6 +329,16 @@ def test_a_fork_compiles(device):
     torch.testing.assert_close(got, want)
 
 
+def test_second_derivatives_raise_whichever_leaf_is_asked_for(device):
+    """Of W alone, by way of the gradient of x, which depends on it."""
+    x, weight = (torch.randn(8, 8, device=device, requires_grad=True) for _ in range(2))
+    loss = pointwise(x, weight).pow(3).sum()
+    (g,) = torch.autograd.grad(loss, x, create_graph=True)
+    for leaf in (x, weight):
+        with pytest.raises(RuntimeError, match="has none of its own"):
+            torch.autograd.grad(loss + g.square().sum(), leaf, retain_graph=True)
+
+
 # --- Compilers ------------------------------------------------------------------------
 
 

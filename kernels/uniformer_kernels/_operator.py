@@ -85,8 +85,9 @@ class Operator:
 def once_differentiable(backward: Callable) -> Callable:
     """Decorates a gradient that has none of its own: one through it raises.
 
-    PyTorch's decorator lets it pass where the gradient that comes in is a constant, and the second
-    derivative by way of what was saved is then missing without a word.
+    PyTorch's decorator lets it pass where the gradient that comes in is a constant, or where only
+    that of some of the leaves is asked for; the second derivative by way of what was saved is then
+    missing without a word.
     """
 
     @wraps(backward)
@@ -97,15 +98,26 @@ def once_differentiable(backward: Callable) -> Callable:
         if not graph or torch.compiler.is_compiling():
             return found
         single = not isinstance(found, tuple)
-        leaves: Any = [_leaf(t) for t in ((found,) if single else found)]
-        raising = torch._C._functions.DelayedError(SECOND.encode(), len(leaves))(*leaves)
-        return raising[0] if single and isinstance(raising, tuple) else raising
+        results = (found,) if single else found
+        made = [t for t in results if t is not None]
+        inputs = [t for t in (*ctx.saved_tensors, *grads) if t is not None]
+        raising = iter(_Raising.apply(len(made), *made, *inputs))
+        results = tuple(None if t is None else next(raising) for t in results)
+        return results[0] if single else results
 
     return run
 
 
-def _leaf(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().requires_grad_()
+class _Raising(torch.autograd.Function):
+    """Gradients, and all that they depend on: whoever derives them raises."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(SECOND)
 
 
 def _under_autograd(operator: Operator, *args: Any) -> Any:

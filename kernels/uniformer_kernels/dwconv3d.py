@@ -43,9 +43,12 @@ def dwconv3d_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False
 ) -> Tensor:
     """`dwconv3d` in plain PyTorch; the permuted view is channels_last_3d, so nothing is copied."""
-    if _has_no_gradient(x) and torch.is_grad_enabled():
+    dtype = _runtime.product_dtype(x)
+    if _has_no_gradient(x, dtype) and torch.is_grad_enabled():
         bias = None if bias is None else bias.float()
-        return dwconv3d_ref(x.float(), weight.float(), bias, residual=residual).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y = dwconv3d_ref(x.float(), weight.float(), bias, residual=residual)
+        return y.to(x.dtype if residual else dtype)
     padding = [k // 2 for k in weight.shape[2:]]
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, padding=padding, groups=x.shape[-1])
@@ -53,15 +56,15 @@ def dwconv3d_ref(
     return (x + y if residual else y).contiguous()
 
 
-def _has_no_gradient(x: Tensor) -> bool:
+def _has_no_gradient(x: Tensor, dtype: torch.dtype) -> bool:
     """PyTorch 2.13's weight gradients in bf16 on a CPU have nothing right in them: of 5x5x5 taps,
     of 16 channels, and who knows of what else."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return x.device.type == "cpu" and dtype == torch.bfloat16
 
 
 def _bwd_ref(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
     """dx (without the residual's share), dweight and dbias, those that are wanted, by PyTorch."""
-    if _has_no_gradient(x):
+    if _has_no_gradient(x, x.dtype):
         found = _bwd_ref(dy.float(), x.float(), weight.float(), wanted)
         return [None if g is None else g.to(x.dtype) for g in found]
     return torch.ops.aten.convolution_backward(
@@ -91,10 +94,11 @@ def _fwd_cpu(
 
 
 def _fwd_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    if not torch.is_autocast_enabled(x.device.type):
-        return dwconv3d_ref(x, weight, bias, residual=residual)
-    with torch.autocast(x.device.type, enabled=False):  # the caller has chosen the dtypes
-        return dwconv3d_ref(x, weight, bias, residual=residual)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # the caller has chosen the dtypes
+            return _fwd_pytorch(x, weight, bias, residual)
+    y = dwconv3d_ref(x, weight, bias, residual=residual)
+    return torch.ops.aten._unsafe_view(y, y.shape)  # no view of it: it may be changed in place
 
 
 # --- Ops: shapes, dispatch, autograd --------------------------------------------------

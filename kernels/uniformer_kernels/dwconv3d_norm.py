@@ -45,7 +45,7 @@ def dwconv3d_norm_ref(
 
 def _affine(y: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
     """As PyTorch's LayerNorm of y takes them: on a GPU in y's dtype, on a CPU it can do better."""
-    dtype = y.dtype if y.is_cuda else torch.float32
+    dtype = y.dtype if y.is_cuda else torch.promote_types(y.dtype, torch.float32)
     ones = torch.ones(y.shape[-1], dtype=dtype, device=y.device)
     return (
         ones if gamma is None else gamma.to(dtype),
@@ -72,7 +72,8 @@ def _in_one_pass(x: Tensor, weight: Tensor) -> bool:
 
 
 def _fwd_fake(x, weight, bias, gamma, beta, eps, residual, dtype):
-    mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2))
+    exact = torch.promote_types(x.dtype, torch.float32)
+    mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=exact) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), mean, rstd
 
 
