@@ -238,6 +238,7 @@ def test_an_empty_batch_stays_empty(dtype, device, chosen):
     ({"gamma": 1.0}, "gamma must be a tensor or None"),
     ({"x": torch.ones(2, 3, 7, 8)}, r"x must be \(B, T, H, W, C\)"),
     ({"weight": torch.ones(8, 1, 2, 3, 3)}, "the kernel must be odd"),
+    ({"residual": torch.ones(1, 2, 3, 7, 8)}, "residual must be True or False"),
 ], ids=str)  # fmt: skip
 def test_bad_input_raises(wrong, why):
     names = ("x", "weight", "bias", "gamma", "beta")

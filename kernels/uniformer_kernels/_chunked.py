@@ -35,14 +35,14 @@ def prepare(op: str, x: Tensor, norm: Norm | None) -> tuple[torch.dtype, bool]:
     known = x.device.type in ("cpu", "cuda")
     plain = not known or x.numel() == 0 or _runtime.current_backend() == "reference"
     # The Triton kernels make no statistics; on a GPU PyTorch's own LayerNorm does.
-    plain |= norm is not None and norm.per_row and not normalises_rows(x, op)
+    plain |= norm is not None and norm.per_row and not normalises_rows(x)
     return _runtime.product_dtype(x), plain or _runtime.under_torch_func(op)
 
 
-def normalises_rows(x: Tensor, op: str = "pointwise") -> bool:
+def normalises_rows(x: Tensor) -> bool:
     """Whether `pointwise` and `ffn` make a LayerNorm of the rows of x as they read these, as on a
     CPU. On a GPU it takes a pass, which `dwconv3d_norm` spares."""
-    return x.device.type == "cpu" and _runtime.serving(op, x.device) != "triton"
+    return x.device.type == "cpu" and _runtime.serving("pointwise", x.device) != "triton"
 
 
 def serves(op: str, x: Tensor, dtype: torch.dtype) -> bool:

@@ -364,21 +364,25 @@ def dwconv3d_stats(
 
 def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> tuple[Tensor, bool]:
     """x as autocast has it, and whether to run in plain PyTorch."""
-    _check(x, weight, bias)
+    _check(x, weight, bias, residual)
     x = x if residual else x.to(_runtime.product_dtype(x))
     known = x.device.type in ("cpu", "cuda")
     plain = not known or x.dtype == torch.float64 or _runtime.current_backend() == "reference"
     return x, x.numel() > 0 and (plain or _runtime.under_torch_func("dwconv3d"))
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> None:
+    if not isinstance(residual, bool):
+        raise ValueError(
+            f"residual must be True or False, to add x, got a {type(residual).__name__}"
+        )
     if x.ndim != 5:
         raise ValueError(f"x must be (B, T, H, W, C), got shape {tuple(x.shape)}")
     C = x.shape[-1]
     if weight.ndim != 5 or weight.shape[:2] != (C, 1):
         raise ValueError(
-            f"weight must be (C, 1, kt, kh, kw), C the last size of x, got {tuple(weight.shape)} "
-            f"for x {tuple(x.shape)}"
+            f"weight must be (C, 1, kt, kh, kw), C the last size of x (B, T, H, W, C), got "
+            f"{tuple(weight.shape)} for x {tuple(x.shape)}"
         )
     kt, kh, kw = weight.shape[2:]
     if not (kt & kh & kw & 1 and max(kt, kh, kw) <= MAX_KERNEL):
