@@ -7,7 +7,8 @@ with zeros outside of x. On a GPU it is one matrix product whose rows are gather
 loaded, in channels-last or NCTHW memory, with bias and LayerNorm done on the sums
 (`patch_embed_triton.py`); pixels in 0..255 are normalised on the way. On a CPU PyTorch's
 convolution and LayerNorm serve: as one product it took the same time (0.96x to 1.25x, fp32 and
-bf16, the three downsamplings of UniFormer-S).
+bf16, the three downsamplings of UniFormer-S). There a clip in NCTHW is copied to channels last
+first: the stem then takes 5.6 ms instead of 14.4, fp32, 16 x 224 x 224, two threads.
 
 Shapes: B clips, T frames, H rows, W columns, C channels in, N out; kernel kt x kh x kw.
 Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, section 3.4.
@@ -81,6 +82,8 @@ def _project(
     """Without the LayerNorm; channels last."""
     if scale:
         x = _normalised(x, weight.dtype, scale, shift)
+    if x.device.type == "cpu":  # so that the result need not be turned round
+        x = x.to(_runtime.product_dtype(x), memory_format=torch.contiguous_format).contiguous()
     z = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, tuple(stride), tuple(padding))
     return z.permute(0, 2, 3, 4, 1)
 
