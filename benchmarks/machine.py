@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,7 @@ def take_turns(
     most: int = 50,
     failed: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call of each function, in turns until `seconds` have passed.
+    """Milliseconds of each call of each function, in turns of any order, for `seconds`.
 
     A function that raises is left out, and why is put into `failed`, if that is given.
 
@@ -49,6 +50,7 @@ def take_turns(
     which also keeps it busy until the call is in its queue.
     """
     timer = _cuda_timer() if device == "cuda" else _cpu_ms
+    order = random.Random(0)  # else each finds the caches as the same one has left them
     times: dict[str, list[float]] = {name: [] for name in fns}
 
     def call(name: str) -> float:
@@ -72,7 +74,9 @@ def take_turns(
         for done in range(most):
             if done >= least and time.perf_counter() > end:
                 break
-            for name, ms in list(times.items()):
+            turns = list(times.items())
+            order.shuffle(turns)
+            for name, ms in turns:
                 ms.append(call(name))
     finally:
         gc.enable()
