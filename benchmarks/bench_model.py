@@ -67,6 +67,7 @@ class Run:
         return f"{self.model} {self.frames}x{self.size} B={self.batch} {self.dtype} {self.mode}"
 
 
+LAYOUTS = {"NCTHW": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
 CAST = f"{OURS}, weights in bf16"  # what is left of the precision of autocast
 FIRST_ON_CPU = Run("uniformer_small", 16, 224, 1, "fp32", "inference")
 
@@ -153,11 +154,14 @@ def providers(run: Run, device: str, compiled: bool) -> dict[str, Callable[[], n
     def ours() -> nn.Module:
         return made(UniFormer(cfg))
 
+    def on_pytorch(layout: torch.memory_format) -> nn.Module:
+        return _on(partial(_pytorch, layout), ours())
+
     found = {OURS: ours, "PyTorch NCTHW": plain, "PyTorch channels_last_3d": channels_last}
     if run.mode == "training" and device == "cpu" and run.size == 224:
         # What the depthwise convolution alone is worth: all else is equal.
-        found["uniformer on F.conv3d NCTHW"] = lambda: _on(_ncthw, ours())
-        found["uniformer on F.conv3d channels_last_3d"] = lambda: _on(_channels_last, ours())
+        for name, layout in LAYOUTS.items():
+            found[f"uniformer on F.conv3d {name}"] = partial(on_pytorch, layout)
     first = device == "cpu" and replace(run, dtype="fp32") == FIRST_ON_CPU
     if first and run.dtype == "bf16":
         found[CAST] = lambda: ours().bfloat16()  # OpenVINO's weights are so, too
@@ -192,21 +196,15 @@ def _on(convolution: Callable[..., Tensor], model: Any) -> nn.Module:
     return model
 
 
-def _ncthw(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False
-) -> Tensor:
-    padding = [k // 2 for k in weight.shape[2:]]
-    y = F.conv3d(x.permute(0, 4, 1, 2, 3).contiguous(), weight, bias, 1, padding, 1, x.shape[-1])
+def _pytorch(
+    layout: torch.memory_format,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False,
+) -> Tensor:  # fmt: skip
+    """PyTorch's convolution on x (B, T, H, W, C) in a layout of its own."""
+    padding, inner = [k // 2 for k in weight.shape[2:]], x.permute(0, 4, 1, 2, 3)
+    inner = inner.contiguous(memory_format=layout)
+    y = F.conv3d(inner, weight, bias, 1, padding, 1, x.shape[-1])
     y = y.permute(0, 2, 3, 4, 1).contiguous()
-    return x + y if residual else y
-
-
-def _channels_last(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False
-) -> Tensor:
-    padding = [k // 2 for k in weight.shape[2:]]
-    y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, 1, padding, 1, x.shape[-1])
-    y = y.permute(0, 2, 3, 4, 1)
     return x + y if residual else y
 
 

@@ -46,6 +46,7 @@ TESTS = (
     "test_ffn",
     "test_local_block",
     "test_dwconv3d",
+    "test_dwconv3d_transforms",
     "test_dwconv3d_bwd_triton",
     "test_dwconv3d_norm",
     "test_gpu",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import tune
+from benchmarks import tuning
 from benchmarks.machine import said
 from uniformer_kernels import _runtime, attention, backend
 from uniformer_kernels.attention import _sdpa, _split
@@ -55,7 +55,7 @@ def list_cases(dry_run: bool) -> list[Case]:
     ]
 
 
-def measure(case: Case, dry_run: bool) -> tune.Row:
+def measure(case: Case, dry_run: bool) -> tuning.Row:
     """Milliseconds of either, the faster first.
 
     Raises:
@@ -64,7 +64,7 @@ def measure(case: Case, dry_run: bool) -> tune.Row:
     h = HEADS[case.channels]
     batch = 1 if dry_run else max(ROWS // case.tokens, 1)
     qkv = torch.randn(batch, case.tokens, 3 * h * case.channels)
-    qkv = qkv.to("cuda" if tune.GPU else "cpu", _runtime.DTYPES[case.dtype])
+    qkv = qkv.to("cuda" if tuning.GPU else "cpu", _runtime.DTYPES[case.dtype])
     leaf, dout = qkv.requires_grad_(case.direction == "step"), torch.randn_like(qkv[..., ::3])
 
     def ours(qkv: Tensor) -> Tensor:
@@ -78,12 +78,15 @@ def measure(case: Case, dry_run: bool) -> tune.Row:
         out = provider(leaf)
         return torch.autograd.grad(out, leaf, dout)[0] if leaf.requires_grad else out
 
-    with tune.poisoned():
+    with tuning.poisoned():
         got, want = run(ours), run(theirs)
     error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
     if not error <= TOLERANCE:
         raise ValueError(f"wrong by {error:.1e} of the largest, {TOLERANCE:.0e} is allowed")
-    ms = {"triton": tune.time_ms(partial(run, ours)), "sdpa": tune.time_ms(partial(run, theirs))}
+    ms = {
+        "triton": tuning.time_ms(partial(run, ours)),
+        "sdpa": tuning.time_ms(partial(run, theirs)),
+    }
     first, second = sorted(ms, key=lambda name: ms[name])
     return {
         "backend": first, "ms": round(ms[first], 5), "rival_ms": {second: round(ms[second], 5)},
@@ -93,9 +96,9 @@ def measure(case: Case, dry_run: bool) -> tune.Row:
 def main(arguments: list[str] | None = None) -> None:
     """See the top of the file."""
     description = "Time attention beside PyTorch's on this GPU."
-    args = tune.settings("benchmarks.tune_attention", description, 60, arguments)
+    args = tuning.settings("benchmarks.tune_attention", description, 60, arguments)
     end = time.monotonic() + args.seconds
-    arch, where = tune.environment(batch=1)
+    arch, where = tuning.environment(batch=1)
     for case in list_cases(args.dry_run):
         if time.monotonic() > end:
             print(f"{case.key}: out of time")
@@ -103,10 +106,10 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             row = measure(case, args.dry_run)
         except Exception as error:  # of any kind: such a shape stays PyTorch's
-            tune.finish()  # raises again where the GPU is lost for this process
+            tuning.finish()  # raises again where the GPU is lost for this process
             print(f"{case.key}: {said(error)}")
             continue
-        tune.write(args.into, arch, where, case.key, row, op="attention")
+        tuning.write(args.into, arch, where, case.key, row, op="attention")
         print(f"{case.key}: {row['backend']} {row['ms']:.4f} ms, {row['rival_ms']}")
 
 

@@ -32,16 +32,6 @@ typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4))
 typedef uint16_t shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
 typedef uint32_t words __attribute__((vector_size(LANES * sizeof(uint32_t))));
 
-struct bfloat16 {
-  uint16_t bits;
-  operator float() const {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
-};
-
 struct Shape {
   int64_t b, t, h, w, c;
 };

@@ -67,11 +67,8 @@ class Parameters {
   void widen(Numbers& given, int64_t size) {
     if (!given.data || !given.half) return;
     float* made = add(size);
-    const uint16_t* from = static_cast<const uint16_t*>(given.data);
-    for (int64_t i = 0; i < size; ++i) {
-      const uint32_t bits = uint32_t{from[i]} << 16;
-      std::memcpy(made + i, &bits, sizeof bits);
-    }
+    const bfloat16* from = static_cast<const bfloat16*>(given.data);
+    std::copy(from, from + size, made);
     given = {made, 0};
   }
 

@@ -14,6 +14,28 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+GPU = torch.cuda.is_available()
+BACKENDS = ["reference", "triton", "cuda"] if GPU else ["reference", "native", "triton"]
+
+
+@pytest.fixture(params=BACKENDS)
+def chosen(request) -> Iterator[str]:
+    """Each backend of dwconv3d that runs here."""
+    from uniformer_kernels import backend
+
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=BACKENDS[:2])
+def fast(request) -> Iterator[str]:
+    """Those of them that are: the interpreter takes seconds."""
+    from uniformer_kernels import backend
+
+    with backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Fixed seed, and every `torch.empty` starts as NaN: an operator must write all it returns."""

@@ -6,19 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests import test_dwconv3d
 from tests.check import assert_matches
 from uniformer_kernels import _runtime, backend, dwconv3d, dwconv3d_norm
 from uniformer_kernels.dwconv3d_norm import _fwd, dwconv3d_norm_ref
 
 op = pytest.importorskip("uniformer_kernels.dwconv3d_norm_triton")
 GPU = torch.cuda.is_available()
-BACKENDS = ["reference", "triton", "cuda"] if GPU else ["reference", "native", "triton"]
-
-
-@pytest.fixture(params=BACKENDS)
-def chosen(request):
-    with backend(request.param):
-        yield request.param
 
 
 @pytest.fixture(params=[True, False], ids=["one kernel", "two kernels"])
@@ -30,10 +24,8 @@ def one_pass(request, monkeypatch):
 
 def inputs(shape, kernel, device, dtype=torch.float32, weight_dtype=None):
     """x, weight, bias, gamma and beta."""
-    C, weight_dtype = shape[-1], weight_dtype or dtype
-    x = torch.randn(shape, device=device, dtype=dtype)
-    rest = ((C, 1, *kernel), (C,), (C,), (C,))
-    return [x, *(torch.randn(s, device=device, dtype=weight_dtype) for s in rest)]
+    affine = torch.randn(2, shape[-1], device=device).to(weight_dtype or dtype)
+    return [*test_dwconv3d.inputs(shape, kernel, device, dtype, weight_dtype), *affine]
 
 
 def of(run, **kwargs):
@@ -239,7 +231,7 @@ def test_an_empty_batch_stays_empty(dtype, device, chosen):
     ({"x": torch.ones(2, 3, 7, 8)}, r"x must be \(B, T, H, W, C\)"),
     ({"weight": torch.ones(8, 1, 2, 3, 3)}, "the kernel must be odd"),
     ({"residual": torch.ones(1, 2, 3, 7, 8)}, "residual must be True or False"),
-], ids=str)  # fmt: skip
+], ids=["shape", "axes", "dtype", "number", "x", "even", "residual"])  # fmt: skip
 def test_bad_input_raises(wrong, why):
     names = ("x", "weight", "bias", "gamma", "beta")
     good = dict(zip(names, inputs((1, 2, 3, 7, 8), (3, 3, 3), "cpu"), strict=True))

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import tune, tune_attention
+from benchmarks import tune, tune_attention, tuning
 from uniformer_kernels import _runtime, dwconv3d, dwconv3d_native
 from uniformer_kernels.dwconv3d import dwconv3d_ref
 
@@ -288,7 +288,7 @@ def test_a_dry_run_writes_a_valid_table(dry, monkeypatch):
     assert [p.name for p in into.parent.iterdir()] == [into.name]  # nothing half-written
     tables = json.loads(into.read_text())
     assert tables["sm_90"] == TABLES["sm_90"] or GPU
-    arch = tune.environment(1)[0]
+    arch = tuning.environment(1)[0]
     assert tables[arch]["environment"]["torch"] == torch.__version__
     monkeypatch.setattr(_runtime, "TUNED", into)
     rows = _runtime._read_tuned(arch)
@@ -432,11 +432,11 @@ def test_mistakes_are_found_before_anything_is_measured(tmp_path, capsys, monkey
 def test_attention_is_tuned_beside_pytorchs(tmp_path, monkeypatch):
     into = tmp_path / "tuned.json"
     tune_attention.main(["--dry-run", "--into", str(into)])
-    table = json.loads(into.read_text())[tune.environment(1)[0]]["attention"]
+    table = json.loads(into.read_text())[tuning.environment(1)[0]]["attention"]
     assert set(table) == {"fwd fp16 8 28", "step fp16 8 28"}
     for row in table.values():
         assert row["backend"] in ("triton", "sdpa")
         assert row["ms"] <= min(row["rival_ms"].values())
     monkeypatch.setattr(_runtime, "TUNED", into)
-    read = _runtime._read_tuned(tune.environment(1)[0])
+    read = _runtime._read_tuned(tuning.environment(1)[0])
     assert read["attention", ("fwd", torch.float16, 8, 28)] == table["fwd fp16 8 28"]

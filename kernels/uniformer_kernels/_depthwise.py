@@ -19,11 +19,15 @@ __all__ = [
     "Config",
     "Shape",
     "Tuned",
+    "exists",
+    "output_of",
     "packed",
+    "place_of",
     "readable",
     "run_of",
     "sums_of",
     "tile_of",
+    "tiling",
     "tuned_for",
 ]
 
@@ -61,6 +65,21 @@ def tile_of(shape: Shape, rows: int, tuned: Tuned | None) -> tuple[int, int, int
     return NH, NW, block_p, block_c, tuned.get("warps", WARPS)
 
 
+def tiling(
+    shape: Shape, kernel: Shape, rows: int, tuned: Tuned | None
+) -> tuple[dict[str, int], int]:  # fmt: skip
+    """Arguments of a kernel of tiles of one frame, on x (B, T, H, W, C), and its warps."""
+    B, T, H, W, C = shape
+    NH, NW, block_p, block_c, warps = tile_of(shape, rows, tuned)
+    tiles_h, tiles_w = triton.cdiv(H, NH), triton.cdiv(W, NW)
+    arguments = {
+        "T": T, "H": H, "W": W, "C": C, "tiles_h": tiles_h, "tiles_w": tiles_w,
+        "tiles": B * T * tiles_h * tiles_w, "KT": kernel[0], "KH": kernel[1], "KW": kernel[2],
+        "NH": NH, "NW": NW, "EVEN_W": W % NW == 0, "BLOCK_P": block_p, "BLOCK_C": block_c,
+    }  # fmt: skip
+    return arguments, warps
+
+
 def packed(weight: Tensor) -> Tensor:
     """(C, 1, kt, kh, kw) -> (taps, C): lanes are channels."""
     return weight.flatten(1).t().contiguous()
@@ -93,6 +112,38 @@ def run_of(
             inside = inside & (w0 + n < W)[:, None]
         run = run + (tl.load(at + n * STRIDE, mask=inside, other=0.0).to(tl.float32),)
     return run
+
+
+@triton.jit
+def place_of(tile, T, tiles_h, tiles_w, NH: tl.constexpr, NW: tl.constexpr):
+    """Of a tile's first output clip and frame in one, clip, frame, row and column."""
+    w0 = tile % tiles_w * NW
+    h0 = tile // tiles_w % tiles_h * NH
+    bt = tile // tiles_w // tiles_h
+    t, b = bt % T, (bt // T).to(tl.int64)
+    return bt, b, t, h0, w0
+
+
+@triton.jit
+def exists(s: tl.constexpr, in_tiles, h0, w0, H, W, NW: tl.constexpr, EVEN_W: tl.constexpr):
+    """Whether tiles have an output s: those beyond a frame's border are none."""
+    return (in_tiles & (h0 + s // NW < H) & ((w0 + s % NW < W) | EVEN_W))[:, None]
+
+
+@triton.jit
+def output_of(
+    sums, s: tl.constexpr, Bias, here, h0, stride_xh, c, in_c, mask,
+    STRIDE_XW: tl.constexpr, RESIDUAL: tl.constexpr, NW: tl.constexpr,
+):  # fmt: skip
+    """Output s of `sums_of`, with bias and residual, in fp32; `here` is where its frame's column
+    w0 lies in x."""
+    y = sums[s]
+    if Bias is not None:
+        y += tl.load(Bias + c[None, :], mask=in_c, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        at = here + ((h0 + s // NW).to(tl.int64) * stride_xh)[:, None] + s % NW * STRIDE_XW
+        y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return y
 
 
 @triton.jit

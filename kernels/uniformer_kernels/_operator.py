@@ -97,13 +97,10 @@ def once_differentiable(backward: Callable) -> Callable:
             found = backward(ctx, *grads)
         if not graph or torch.compiler.is_compiling():
             return found
-        single = not isinstance(found, tuple)
-        results = (found,) if single else found
-        made = [t for t in results if t is not None]
+        made = [t for t in found if t is not None]
         inputs = [t for t in (*ctx.saved_tensors, *grads) if t is not None]
         raising = iter(_Raising.apply(len(made), *made, *inputs))
-        results = tuple(None if t is None else next(raising) for t in results)
-        return results[0] if single else results
+        return tuple(None if t is None else next(raising) for t in found)
 
     return run
 

@@ -226,6 +226,12 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype if cast is None or x.dtype == torch.float64 else cast
 
 
+def check_residual(residual: bool) -> None:
+    """Raise ValueError unless it is True or False: x is the residual, or there is none."""
+    if not isinstance(residual, bool):
+        raise ValueError(f"residual must be True or False, to add x, got {type(residual).__name__}")
+
+
 def check_shapes(x: torch.Tensor, shapes: Mapping[str, tuple]) -> None:
     """Raise ValueError unless each tensor, by name, has its shape and lies on x's device."""
     for name, (t, shape) in shapes.items():

@@ -26,7 +26,8 @@ from uniformer_kernels._norm import channel_stats
 from uniformer_kernels._operator import Operator
 
 __all__ = [
-    "MAX_KERNEL", "conv_bwd", "conv_fwd", "dwconv3d", "dwconv3d_ref", "dwconv3d_stats", "prepare",
+    "MAX_KERNEL", "conv_bwd", "conv_flops", "conv_fwd", "dwconv3d", "dwconv3d_ref",
+    "dwconv3d_stats", "prepare",
 ]  # fmt: skip
 
 MAX_KERNEL = 9  # the largest tube size of the paper's ablation
@@ -295,14 +296,17 @@ class _Bwd(torch.autograd.Function):
         return g_dy, g_x, g_weight, None, None, None
 
 
-@register_flop_formula([_fwd.packet, _stats.packet])
-def _fwd_flops(x_shape, weight_shape, *_, **__):
+def conv_flops(x_shape, weight_shape, *_, **__):
+    """Of any operator that begins with a convolution of x by weight."""
     return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
+
+
+register_flop_formula([_fwd.packet, _stats.packet])(conv_flops)
 
 
 @register_flop_formula(conv_bwd.packet)
 def _bwd_flops(dy_shape, x_shape, weight_shape, residual, with_dx, with_dw, **_):
-    return _fwd_flops(x_shape, weight_shape) * (with_dx + with_dw)
+    return conv_flops(x_shape, weight_shape) * (with_dx + with_dw)
 
 
 # --- Public ---------------------------------------------------------------------------
@@ -372,10 +376,7 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> t
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> None:
-    if not isinstance(residual, bool):
-        raise ValueError(
-            f"residual must be True or False, to add x, got a {type(residual).__name__}"
-        )
+    _runtime.check_residual(residual)
     if x.ndim != 5:
         raise ValueError(f"x must be (B, T, H, W, C), got shape {tuple(x.shape)}")
     C = x.shape[-1]

@@ -31,9 +31,11 @@ from uniformer_kernels._depthwise import (
     Shape,
     Tuned,
     packed,
+    place_of,
     readable,
     run_of,
     tile_of,
+    tiling,
     tuned_for,
 )
 
@@ -184,10 +186,7 @@ def _dwconv3d_bwd_tiles_kernel(
     db = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for first in range(split * BLOCK_P, tiles, tl.num_programs(1) * BLOCK_P):
         tile = first + tl.arange(0, BLOCK_P)
-        w0 = tile % tiles_w * NW
-        h0 = tile // tiles_w % tiles_h * NH
-        bt = tile // tiles_w // tiles_h
-        t, b = bt % T, (bt // T).to(tl.int64)
+        _, b, t, h0, w0 = place_of(tile, T, tiles_h, tiles_w, NH, NW)
         from_t = t + i - KT // 2
         in_t = (from_t >= 0) & (from_t < T) & (tile < tiles)
 
@@ -294,20 +293,13 @@ def tiles_config(
     tuned: Tuned | None = None,
 ) -> Config:  # fmt: skip
     """How the kernel of tiles is launched on x (B, T, H, W, C); grid (programs, splits)."""
-    B, T, H, W, C = shape
     KT, KH, KW = kernel
-    NH, NW, block_p, block_c, warps = tile_of(shape, ROWS, tuned)
+    arguments, warps = tiling(shape, kernel, ROWS, tuned)
     rows = min(KH, max(SUMS // KW, 1))
-    tiles_h, tiles_w = cdiv(H, NH), cdiv(W, NW)
-    tiles = B * T * tiles_h * tiles_w
-    programs = KT * cdiv(KH, rows) * cdiv(C, block_c)
-    splits = max(min(multiprocessors * TILES_PER_SM // programs, cdiv(tiles, block_p)), 1)
-    arguments = {
-        "T": T, "H": H, "W": W, "C": C, "tiles_h": tiles_h, "tiles_w": tiles_w, "tiles": tiles,
-        "STRIDE_DYW": stride_dyw, "STRIDE_XW": stride_xw, "KT": KT, "KH": KH, "KW": KW,
-        "ROWS": rows, "NH": NH, "NW": NW, "EVEN_W": W % NW == 0,
-        "BLOCK_P": block_p, "BLOCK_C": block_c,
-    }  # fmt: skip
+    programs = KT * cdiv(KH, rows) * cdiv(shape[4], arguments["BLOCK_C"])
+    groups = cdiv(arguments["tiles"], arguments["BLOCK_P"])
+    splits = max(min(multiprocessors * TILES_PER_SM // programs, groups), 1)
+    arguments |= {"STRIDE_DYW": stride_dyw, "STRIDE_XW": stride_xw, "ROWS": rows}
     return Config((programs, splits), arguments, warps)
 
 

@@ -10,7 +10,6 @@ Shapes: B clips, T frames, H rows, W columns, C channels; activations are (B, T,
 Paper: Li et al. 2022, https://arxiv.org/abs/2201.04676, eq. 1, 2 and 8.
 """
 
-import math
 from functools import partial
 
 import torch
@@ -20,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from uniformer_kernels import _runtime
 from uniformer_kernels._operator import Operator, once_differentiable
-from uniformer_kernels.dwconv3d import conv_bwd, conv_fwd, dwconv3d_ref, prepare
+from uniformer_kernels.dwconv3d import conv_bwd, conv_flops, conv_fwd, dwconv3d_ref, prepare
 
 __all__ = ["dwconv3d_norm", "dwconv3d_norm_ref"]
 
@@ -117,10 +116,7 @@ class _Fwd(torch.autograd.Function):
         )  # fmt: skip
 
 
-@register_flop_formula(_fwd.packet)
-def _fwd_flops(x_shape, weight_shape, *_, **__):
-    """The convolution's, as of `dwconv3d`."""
-    return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
+register_flop_formula(_fwd.packet)(conv_flops)
 
 
 # --- Public ---------------------------------------------------------------------------

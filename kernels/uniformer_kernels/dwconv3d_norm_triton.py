@@ -21,10 +21,13 @@ from uniformer_kernels._depthwise import (
     Config,
     Shape,
     Tuned,
+    exists,
+    output_of,
     packed,
+    place_of,
     readable,
     sums_of,
-    tile_of,
+    tiling,
     tuned_for,
 )
 
@@ -46,10 +49,7 @@ def _dwconv3d_norm_fwd_kernel(
 ):  # fmt: skip
     """Weight is (KT * KH * KW, C); Mean and Rstd are (B, T, H, W)."""
     tile = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    w0 = tile % tiles_w * NW
-    h0 = tile // tiles_w % tiles_h * NH
-    bt = tile // tiles_w // tiles_h
-    t, b = bt % T, (bt // T).to(tl.int64)
+    bt, b, t, h0, w0 = place_of(tile, T, tiles_h, tiles_w, NH, NW)
     first = (bt.to(tl.int64) * H + h0) * W + w0  # token
 
     total = (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),) * (NH * NW)
@@ -64,15 +64,10 @@ def _dwconv3d_norm_fwd_kernel(
         here = corner + (t.to(tl.int64) * stride_xt)[:, None]
         new = ()
         for s in tl.static_range(NH * NW):
-            h, w = h0 + s // NW, w0 + s % NW
-            mask = ((tile < tiles) & (h < H) & ((w < W) | EVEN_W))[:, None] & in_c
-            y = acc[s]
-            if Bias is not None:
-                y += tl.load(Bias + c[None, :], mask=in_c, other=0.0).to(tl.float32)
-            if RESIDUAL:
-                at = here + (h.to(tl.int64) * stride_xh)[:, None] + s % NW * STRIDE_XW
-                y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            y = y.to(Y.dtype.element_ty)
+            mask = exists(s, tile < tiles, h0, w0, H, W, NW, EVEN_W) & in_c
+            y = output_of(
+                acc, s, Bias, here, h0, stride_xh, c, in_c, mask, STRIDE_XW, RESIDUAL, NW
+            ).to(Y.dtype.element_ty)  # fmt: skip
             tl.store(Y + ((first + s // NW * W + s % NW) * C)[:, None] + c[None, :], y, mask=mask)
             new = new + (total[s] + y.to(tl.float32),)  # zero beyond C
         total = new
@@ -86,7 +81,7 @@ def _dwconv3d_norm_fwd_kernel(
         c = c0 + tl.arange(0, BLOCK_C)
         new = ()
         for s in tl.static_range(NH * NW):
-            mask = ((tile < tiles) & (h0 + s // NW < H) & (w0 + s % NW < W))[:, None] & (c < C)
+            mask = exists(s, tile < tiles, h0, w0, H, W, NW, EVEN_W) & (c < C)[None, :]
             at = Y + ((first + s // NW * W + s % NW) * C)[:, None] + c[None, :]
             y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             d = tl.where(mask, y - mean[s][:, None], 0.0)
@@ -96,14 +91,15 @@ def _dwconv3d_norm_fwd_kernel(
     rstd = ()
     for s in tl.static_range(NH * NW):
         r = tl.rsqrt(tl.sum(squares[s], axis=1) / C + eps)
-        real = (tile < tiles) & (h0 + s // NW < H) & (w0 + s % NW < W)
-        tl.store(Mean + first + s // NW * W + s % NW, mean[s], mask=real)
-        tl.store(Rstd + first + s // NW * W + s % NW, r, mask=real)
+        token = (first + s // NW * W + s % NW)[:, None]
+        real = exists(s, tile < tiles, h0, w0, H, W, NW, EVEN_W)
+        tl.store(Mean + token, mean[s][:, None], mask=real)
+        tl.store(Rstd + token, r[:, None], mask=real)
         rstd = rstd + (r,)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         for s in tl.static_range(NH * NW):
-            mask = ((tile < tiles) & (h0 + s // NW < H) & (w0 + s % NW < W))[:, None] & (c < C)
+            mask = exists(s, tile < tiles, h0, w0, H, W, NW, EVEN_W) & (c < C)[None, :]
             at = ((first + s // NW * W + s % NW) * C)[:, None] + c[None, :]
             y = tl.load(Y + at, mask=mask, other=0.0).to(tl.float32)
             y = (y - mean[s][:, None]) * rstd[s][:, None]
@@ -122,16 +118,9 @@ ROWS = 2
 
 def fwd_config(shape: Shape, stride_w: int, kernel: Shape, tuned: Tuned | None = None) -> Config:
     """How `fwd` is launched on x (B, T, H, W, C), whose columns are `stride_w` apart."""
-    B, T, H, W, C = shape
-    NH, NW, block_p, block_c, warps = tile_of(shape, ROWS, tuned)
-    tiles_h, tiles_w = cdiv(H, NH), cdiv(W, NW)
-    tiles = B * T * tiles_h * tiles_w
-    arguments = {
-        "T": T, "H": H, "W": W, "C": C, "tiles_h": tiles_h, "tiles_w": tiles_w, "tiles": tiles,
-        "STRIDE_XW": stride_w, "KT": kernel[0], "KH": kernel[1], "KW": kernel[2],
-        "NH": NH, "NW": NW, "EVEN_W": W % NW == 0, "BLOCK_P": block_p, "BLOCK_C": block_c,
-    }  # fmt: skip
-    return Config((cdiv(tiles, block_p),), arguments, warps)
+    arguments, warps = tiling(shape, kernel, ROWS, tuned)
+    programs = cdiv(arguments["tiles"], arguments["BLOCK_P"])
+    return Config((programs,), arguments | {"STRIDE_XW": stride_w}, warps)
 
 
 def in_one_pass(x: Tensor, kernel: Shape) -> bool:

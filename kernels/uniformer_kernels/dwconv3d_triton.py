@@ -20,10 +20,13 @@ from uniformer_kernels._depthwise import (
     Config,
     Shape,
     Tuned,
+    exists,
+    output_of,
     packed,
+    place_of,
     readable,
     sums_of,
-    tile_of,
+    tiling,
     tuned_for,
 )
 from uniformer_kernels._norm import merge_stats
@@ -54,10 +57,7 @@ def _dwconv3d_fwd_kernel(
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = (c < C)[None, :] | (C % BLOCK_C == 0)
     tile = tl.program_id(0) // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)
-    w0 = tile % tiles_w * NW
-    h0 = tile // tiles_w % tiles_h * NH
-    bt = tile // tiles_w // tiles_h
-    t, b = bt % T, (bt // T).to(tl.int64)
+    bt, b, t, h0, w0 = place_of(tile, T, tiles_h, tiles_w, NH, NW)
     corner = X + (b * stride_xb + w0 * STRIDE_XW)[:, None] + c[None, :]  # (BLOCK_P, BLOCK_C)
 
     acc = sums_of(
@@ -71,15 +71,10 @@ def _dwconv3d_fwd_kernel(
     count = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     ys = ()
     for s in tl.static_range(NH * NW):
-        h, w = h0 + s // NW, w0 + s % NW
-        mask = ((tile < tiles) & (h < H) & ((w < W) | EVEN_W))[:, None] & in_c
-        y = acc[s]
-        if Bias is not None:
-            y += tl.load(Bias + c[None, :], mask=in_c, other=0.0).to(tl.float32)
-        if RESIDUAL:
-            at = here + (h.to(tl.int64) * stride_xh)[:, None] + s % NW * STRIDE_XW
-            y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        y = y.to(Y.dtype.element_ty)
+        mask = exists(s, tile < tiles, h0, w0, H, W, NW, EVEN_W) & in_c
+        y = output_of(
+            acc, s, Bias, here, h0, stride_xh, c, in_c, mask, STRIDE_XW, RESIDUAL, NW
+        ).to(Y.dtype.element_ty)  # fmt: skip
         tl.store(to + (s // NW * W + s % NW) * C, y, mask=mask)
         if Stats is not None:
             y = tl.where(mask, y.to(tl.float32), 0.0)
@@ -91,8 +86,7 @@ def _dwconv3d_fwd_kernel(
         mean = tl.sum(total, axis=0) / n
         squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
         for s in tl.static_range(NH * NW):
-            h, w = h0 + s // NW, w0 + s % NW
-            mask = ((tile < tiles) & (h < H) & ((w < W) | EVEN_W))[:, None] & in_c
+            mask = exists(s, tile < tiles, h0, w0, H, W, NW, EVEN_W) & in_c
             d = tl.where(mask, ys[s] - mean[None, :], 0.0)
             squares += d * d
         stats = Stats + tl.program_id(0).to(tl.int64) // tiles_c * 3 * C + c
@@ -111,17 +105,10 @@ ROWS = 4
 
 def fwd_config(shape: Shape, stride_w: int, kernel: Shape, tuned: Tuned | None = None) -> Config:
     """How `fwd` is launched on x (B, T, H, W, C), whose columns are `stride_w` apart."""
-    B, T, H, W, C = shape
     rows = ROWS if kernel[1] <= 5 else 1  # 81 taps x 4 rows would not fit the code cache
-    NH, NW, block_p, block_c, warps = tile_of(shape, rows, tuned)
-    tiles_h, tiles_w = cdiv(H, NH), cdiv(W, NW)
-    tiles = B * T * tiles_h * tiles_w
-    arguments = {
-        "T": T, "H": H, "W": W, "C": C, "tiles_h": tiles_h, "tiles_w": tiles_w, "tiles": tiles,
-        "STRIDE_XW": stride_w, "KT": kernel[0], "KH": kernel[1], "KW": kernel[2],
-        "NH": NH, "NW": NW, "EVEN_W": W % NW == 0, "BLOCK_P": block_p, "BLOCK_C": block_c,
-    }  # fmt: skip
-    return Config((cdiv(tiles, block_p) * cdiv(C, block_c),), arguments, warps)
+    arguments, warps = tiling(shape, kernel, rows, tuned)
+    programs = cdiv(arguments["tiles"], arguments["BLOCK_P"]) * cdiv(shape[4], arguments["BLOCK_C"])
+    return Config((programs,), arguments | {"STRIDE_XW": stride_w}, warps)
 
 
 def fwd(

@@ -285,8 +285,7 @@ def ffn(
         ValueError: a shape or dtype is not as above.
     """
     _check(x, w1, b1, w2, b2, norm, scale)
-    if not isinstance(residual, bool):
-        raise ValueError(f"residual must be True or False, to add x, got {type(residual).__name__}")
+    _runtime.check_residual(residual)
     dtype, plain = prepare("ffn", x, norm)
     wide = x.is_cuda and x.shape[-1] > WIDEST and _runtime.current_backend() != "triton"
     if plain or wide:
