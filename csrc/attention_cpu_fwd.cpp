@@ -72,36 +72,47 @@ void queries(const Job<E>& job, int64_t b, int64_t head, int64_t n) {
   const E* values = job.values + index * job.padded * d;
   alignas(64) float scores[R][BLOCK];  // and then weights in E, from the start of a row
   alignas(64) float out[R][V * LANES];  // written by the first block
+  alignas(64) float tops[R][LANES];     // the highest scores of a block
   float most[R], sum[R] = {};
   std::fill(most, most + R, -INF);
 
   for (int64_t first = 0; first < job.padded; first += BLOCK) {
     const int64_t count = std::min(BLOCK, job.padded - first);
+    for (int r = 0; r < R; ++r) store(tops[r], _mm512_set1_ps(most[r]));
     for (int64_t m = 0; m < count; m += STEP)
       with_vectors(std::min<int64_t>(STEP, count - m) / LANES, [&](auto W) {
         __m512 sums[R][W] = {};
         products<R, W>(q, job.stride_n, keys + (first + m) * d, d / GROUP<E>, sums);
-        for (int r = 0; r < R; ++r)
+        const int64_t last = job.N - first - m - (W - 1) * LANES;  // keys of the last vector
+        for (int r = 0; r < R; ++r) {
+          __m512 top = load(tops[r]);
           for (int v = 0; v < W; ++v) {
-            const __mmask16 real = lanes(job.N - first - m - v * LANES);
-            const __m512 score = _mm512_mul_ps(sums[r][v], _mm512_set1_ps(job.scale));
-            _mm512_store_ps(
-                scores[r] + m + v * LANES, _mm512_mask_blend_ps(real, _mm512_set1_ps(-INF), score));
+            __m512 score = _mm512_mul_ps(sums[r][v], _mm512_set1_ps(job.scale));
+            if (v == W - 1 && last < LANES)
+              score = _mm512_mask_blend_ps(lanes(last), _mm512_set1_ps(-INF), score);
+            top = _mm512_max_ps(score, top);
+            store(scores[r] + m + v * LANES, score);
           }
+          store(tops[r], top);
+        }
       });
     for (int r = 0; r < R; ++r) {
-      __m512 top = _mm512_set1_ps(most[r]);
-      for (int64_t m = 0; m < count; m += LANES)
-        top = _mm512_max_ps(_mm512_load_ps(scores[r] + m), top);
-      const float now = _mm512_reduce_max_ps(top), from = now == -INF ? 0.0f : now;
+      const float now = _mm512_reduce_max_ps(load(tops[r])), from = now == -INF ? 0.0f : now;
       const float factor = std::exp2((most[r] - from) * LOG2E);
       const __m512 shift = _mm512_set1_ps(from);
       __m512 total = _mm512_setzero_ps();
-      for (int64_t m = 0; m < count; m += LANES) {
-        const __m512 weight = exp(_mm512_sub_ps(_mm512_load_ps(scores[r] + m), shift));
-        total = _mm512_add_ps(total, weight);
-        store(reinterpret_cast<E*>(scores[r]) + m, weight);
+      const auto weights = [&](int64_t m) {
+        const __m512 some = exp(_mm512_sub_ps(load(scores[r] + m), shift));
+        total = _mm512_add_ps(total, some);
+        return some;
+      };
+      E* to = reinterpret_cast<E*>(scores[r]);
+      int64_t m = 0;
+      for (; m + 2 * LANES <= count; m += 2 * LANES) {
+        const __m512 left = weights(m);
+        store_row(to + m, left, weights(m + LANES));
       }
+      if (m < count) store(to + m, weights(m));
       sum[r] = sum[r] * factor + _mm512_reduce_add_ps(total);
       most[r] = now;
       if (first > 0 && factor != 1.0f)

@@ -7,15 +7,6 @@
 
 #include "tokens_cpu.h"
 
-// The arguments of a call; x has `tokens` rows.
-struct Pointwise {
-  Rows x;
-  Norm norm;
-  Weight weight;
-  Result y;
-  int64_t tokens;
-};
-
 namespace {
 
 #if defined(__AVX512F__)
@@ -75,7 +66,7 @@ int32_t forward(Job& job, ParallelFor parallel_for) {
 
 // Whether `uniformer_pointwise_fwd` serves such a product: in bf16 where `half`, else in fp32.
 extern "C" int32_t uniformer_pointwise_fwd_serves(int64_t rows, int64_t columns, int32_t half) {
-  return serves({nullptr, rows, columns, {nullptr, 0}}, half);
+  return serves({nullptr, rows, columns, 0, {nullptr, 0}}, half);
 }
 
 // Products in bf16 where `half`, else in fp32; `eps` is the norm's. Returns 0, 1 where memory ran
@@ -91,6 +82,8 @@ extern "C" int32_t uniformer_pointwise_fwd(
     parameters.widen(job.norm, job.weight.columns, eps);
     parameters.widen(job.weight.bias, job.weight.rows);
     parameters.widen(job.y, job.tokens);
+    static thread_local std::vector<uint16_t> memory;
+    if (cast(job.weight, half, memory, parallel_for)) return 1;
 #if defined(__AVX512BF16__)
     if (half) return forward<uint16_t>(job, parallel_for);
 #endif

@@ -37,6 +37,13 @@ inline bool has_products([[maybe_unused]] int64_t bytes) {
   return has;
 }
 
+// The first of `size` elements and more that lie at a multiple of a vector's size.
+template <typename T>
+T* aligned(std::vector<T>& memory, int64_t size) {
+  if (memory.size() < size + 64 / sizeof(T)) memory.resize(size + 64 / sizeof(T));
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
 #if defined(__AVX512F__)
 
 constexpr int LANES = 16;
@@ -49,13 +56,6 @@ inline __mmask16 lanes(int64_t left) {
   return left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
 }
 
-// The first of `size` elements and more that lie at a multiple of a vector's size.
-template <typename T>
-T* aligned(std::vector<T>& memory, int64_t size) {
-  if (memory.size() < size + 64 / sizeof(T)) memory.resize(size + 64 / sizeof(T));
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-}
-
 // --- fp32 ------------------------------------------------------------------------------
 
 inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
@@ -63,6 +63,9 @@ inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* a, __m512 x) { _mm512_storeu_ps(a, x); }
 
 inline void store(float* a, float* b, __m512 x, __m512 y) { store(a, x), store(b, y); }
+
+// One after the other.
+inline void store_row(float* to, __m512 x, __m512 y) { store(to, to + LANES, x, y); }
 
 // Element l of x next to element l of y.
 inline void side_by_side(float* out, __m512 x, __m512 y) {
@@ -99,6 +102,10 @@ inline void store(uint16_t* a, uint16_t* b, __m512 x, __m512 y) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
   _mm256_storeu_si256((__m256i*)a, _mm512_castsi512_si256(both));
   _mm256_storeu_si256((__m256i*)b, _mm512_extracti64x4_epi64(both, 1));
+}
+
+inline void store_row(uint16_t* to, __m512 x, __m512 y) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(y, x));
 }
 
 inline void side_by_side(uint16_t* out, __m512 x, __m512 y) {

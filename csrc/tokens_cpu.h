@@ -43,11 +43,11 @@ struct Norm {
   Numbers mean, variance, factor, shift;
 };
 
-// A product's weight (rows, columns), contiguous and of the dtype that it is made in, and its bias
-// (rows) or null.
+// A product's weight (rows, columns), contiguous, in fp32 or, `half`, in bf16; and its
+// bias (rows) or null. `cast` makes it of the dtype of the products.
 struct Weight {
   const void* data;
-  int64_t rows, columns;
+  int64_t rows, columns, half;
   Numbers bias;
 };
 
@@ -57,6 +57,24 @@ struct Result {
   Rows residual;  // or null
   Numbers scale;  // of each clip, or null
   int64_t clip;   // tokens
+};
+
+// The arguments of a product; x has `tokens` rows.
+struct Pointwise {
+  Rows x;
+  Norm norm;
+  Weight weight;
+  Result y;
+  int64_t tokens;
+};
+
+// Those of an FFN, likewise.
+struct FFN {
+  Rows x;
+  Norm norm;
+  Weight first, second;
+  Result y;
+  int64_t tokens;
 };
 
 namespace {
@@ -96,11 +114,12 @@ class Parameters {
   std::vector<std::unique_ptr<float[]>> kept;
 };
 
+// Whether there are products with it, in bf16 where `half`; one in bf16 is not made to be of fp32.
 inline bool serves(const Weight& weight, int32_t half) {
 #if defined(__AMX_BF16__)
   if (half) return false;  // the library uses the matrix units, these products do not
 #endif
-  return has_products(half ? 2 : 4) && weight.rows % 8 == 0 && weight.columns % 8 == 0;
+  return has_products(half ? 2 : 4) && weight.half <= half && weight.rows % 8 == 0 && weight.columns % 8 == 0;
 }
 
 #if defined(__AVX512F__)
@@ -114,6 +133,31 @@ constexpr int64_t CHAIN = 128;         // products added one after another; errs
 constexpr int64_t CACHE = 640 << 10;   // bytes of a chunk, of 1 MB at the second level
 constexpr int64_t CHUNK = 4 * TILE;    // tokens, at most: more make weights no cheaper
 constexpr int64_t FEW = TILE;          // tokens whose products are shared out by channels
+
+// A weight in fp32 for products in bf16, in `memory`; in pairs of vectors, which is what there is of it.
+struct Narrowed {
+  const float* from;
+  uint16_t* to;
+};
+
+inline void narrow(
+    [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end, [[maybe_unused]] void* context) {
+#if defined(__AVX512BF16__)
+  const Narrowed& job = *static_cast<Narrowed*>(context);
+  for (int64_t i = begin * 2 * LANES; i < end * 2 * LANES; i += 2 * LANES)
+    store_row(job.to + i, load(job.from + i), load(job.from + i + LANES));
+#endif
+}
+
+// Makes a weight be of the dtype of the products, bf16 where `half`.
+inline int32_t cast(
+    Weight& weight, int32_t half, std::vector<uint16_t>& memory, ParallelFor parallel_for) {
+  if (weight.half == half) return 0;
+  const int64_t size = weight.rows * weight.columns;  // a multiple of 64
+  Narrowed job = {static_cast<const float*>(weight.data), aligned(memory, size)};
+  weight.data = job.to, weight.half = 1;
+  return parallel_for(0, size / (2 * LANES), 1024, narrow, &job);
+}
 
 // How many of `tokens` make a chunk: chunks alike, and few, since each reads all weights.
 inline int64_t chunk_of(int64_t tokens, int64_t bytes_of_token) {

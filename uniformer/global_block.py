@@ -10,12 +10,21 @@ Equation numbers are those of Li et al. 2022, https://arxiv.org/abs/2201.04676.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from uniformer.configs import UniFormerConfig
-from uniformer.layers import DPE, FFN, DropPath, GlobalMHRA, runs_fused, why_not_around
+from uniformer.layers import (
+    DPE,
+    FFN,
+    DropPath,
+    GlobalMHRA,
+    runs_fused,
+    weight_and_bias,
+    why_not_around,
+)
 from uniformer_kernels import (
     Norm,
     attention,
@@ -25,6 +34,7 @@ from uniformer_kernels import (
     pointwise,
     pointwise_fork,
 )
+from uniformer_kernels.block_native import infer_block
 
 __all__ = ["GlobalBlock", "SplitBlock"]
 
@@ -68,12 +78,28 @@ class GlobalBlock(nn.Module):
 
     def fused(self, x: Tensor) -> Tensor:
         """The same on operators that do more at a time."""
+        if (y := self._at_once(x)) is not None:
+            return y
         # One name for all that is passed on, so that without gradients its memory is used again.
         y, tokens = self._begin(x)
         y = _attend(self.attn, y)
         tokens = self._project(self.attn, y, tokens)
         del y
         return self._ffn(tokens).view(x.shape)
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """All of it in inference on a CPU, where its kernels serve."""
+        attn, mlp, norm1, norm2 = self.attn, self.mlp, self.norm1, self.norm2
+        if torch.is_grad_enabled() or attn.dropout() or self.drop_path.is_active():
+            return None
+        if why_not_around(self, pos_embed=(DPE, nn.Identity)):
+            return None
+        parameters = (
+            *weight_and_bias(self.pos_embed), None, None, *weight_and_bias(norm1),
+            *weight_and_bias(attn.qkv), None, None, *weight_and_bias(attn.proj), None, None,
+            *weight_and_bias(norm2), *weight_and_bias(mlp.fc1), *weight_and_bias(mlp.fc2),
+        )  # fmt: skip
+        return infer_block(x, parameters, (norm1.eps, norm2.eps), attn.num_heads, attn.scale)
 
     def _begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q, k and v, and what the residual around the attention starts from, (B, T*H*W, ...)."""

@@ -24,7 +24,7 @@ from uniformer_kernels import (
 
 __all__ = [
     "BATCH_NORMS", "DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "Pixels",
-    "batch_norm", "of_batch", "runs_fused", "why_not_around",
+    "batch_norm", "of_batch", "runs_fused", "weight_and_bias", "why_not_around",
 ]  # fmt: skip
 
 
@@ -42,10 +42,14 @@ class DropPath(nn.Module):
 
     def draw(self, x: Tensor) -> Tensor | None:
         """The factor of each sample, (B,): 0, or what makes up for those; None for ones."""
-        if self.rate == 0.0 or not self.training:
+        if not self.is_active():
             return None
         kept = 1 - self.rate
         return x.new_empty(len(x)).bernoulli_(kept).div_(kept or 1.0)
+
+    def is_active(self) -> bool:
+        """Whether samples may be dropped now."""
+        return self.rate != 0.0 and self.training
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
@@ -110,6 +114,11 @@ def why_not_around(module: nn.Module, **parts: tuple[type, ...]) -> str | None:
         ):  # fmt: skip
             return f"{name} has hooks, which want to see it called"
     return None
+
+
+def weight_and_bias(part: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Of a layer; an Identity has none."""
+    return (None, None) if isinstance(part, nn.Identity) else (part.weight, part.bias)
 
 
 def runs_fused(block: nn.Module, x: Tensor) -> bool:

@@ -26,6 +26,7 @@ from uniformer.layers import (
     local_mhra,
     of_batch,
     runs_fused,
+    weight_and_bias,
     why_not_around,
 )
 from uniformer_kernels import (
@@ -39,6 +40,7 @@ from uniformer_kernels import (
     pointwise_stats,
     sync_stats,
 )
+from uniformer_kernels.block_native import infer_block
 
 __all__ = ["LocalBlock"]
 
@@ -85,6 +87,8 @@ class LocalBlock(nn.Module):
 
     def fused(self, x: Tensor) -> Tensor:
         """The same on operators that pass on what the next one needs."""
+        if (y := self._at_once(x)) is not None:
+            return y
         x, stats = self._dpe(x)
         conv1, conv2, fc1, fc2 = self.conv1, self.conv2, self.mlp.fc1, self.mlp.fc2
         run = pointwise_stats if of_batch(self.norm2) else _without(pointwise)
@@ -97,6 +101,21 @@ class LocalBlock(nn.Module):
             x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm=_norm(self.norm2, stats, x),
             scale=self.drop_path.draw(x), residual=True,
         )  # fmt: skip
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """All of it in inference on a CPU, where its kernels serve."""
+        norm1, norm2, mlp = self.norm1, self.norm2, self.mlp
+        if torch.is_grad_enabled() or self.drop_path.is_active():
+            return None
+        if of_batch(norm1) or of_batch(norm2):
+            return None
+        parameters = (
+            *weight_and_bias(self.pos_embed), norm1.running_mean, norm1.running_var,
+            *weight_and_bias(norm1), *weight_and_bias(self.conv1), *weight_and_bias(self.attn),
+            *weight_and_bias(self.conv2), norm2.running_mean, norm2.running_var,
+            *weight_and_bias(norm2), *weight_and_bias(mlp.fc1), *weight_and_bias(mlp.fc2),
+        )  # fmt: skip
+        return infer_block(x, parameters, (norm1.eps, norm2.eps))
 
     def _dpe(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Its output, and the statistics of that where `norm1` needs them."""

@@ -25,9 +25,9 @@ from uniformer_kernels import _native
 __all__ = [
     "BACKENDS", "announce", "autocast_dtype", "backend", "check_dtypes", "check_shapes",
     "current_backend", "forward_mode", "functorch_is_active", "has_wgmma", "int64s",
-    "interpreting", "library", "multiprocessors", "native", "native_library", "on_device",
-    "parallel_for", "pointer", "product_dtype", "register", "report", "serving", "shared_memory",
-    "triton_kernels", "tuned", "under_torch_func", "why_not",
+    "interpreting", "library", "multiprocessors", "native", "native_library", "nothing_listens",
+    "on_device", "parallel_for", "pointer", "product_dtype", "register", "report", "serving",
+    "shared_memory", "triton_kernels", "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
 
 log = logging.getLogger("uniformer.kernels")
@@ -134,6 +134,14 @@ def under_torch_func(op: str) -> bool:
     why = "neither torch.func nor forward-mode differentiation bears its operators"
     announce(f"{op} runs in plain PyTorch, slower than it could", why)
     return True
+
+
+def nothing_listens() -> bool:
+    """Whether neither a transform, tracer or tangent is at work, nor a mode such as a counter of
+    operations."""
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+        return False
+    return not functorch_is_active() and forward_ad._current_level < 0
 
 
 def forward_mode() -> bool:

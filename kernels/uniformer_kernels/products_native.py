@@ -16,7 +16,7 @@ from torch import Tensor
 from uniformer_kernels import _runtime
 from uniformer_kernels._runtime import native
 
-__all__ = ["column_sums", "ffn", "gelu_bwd_", "pointwise", "serves"]
+__all__ = ["HALF", "column_sums", "ffn", "gelu_bwd_", "has_products", "pointwise", "serves"]
 
 HALF = {torch.float32: 0, torch.bfloat16: 1}  # dtypes that the kernels read and write
 
@@ -31,9 +31,14 @@ def serves(x: Tensor, dtype: torch.dtype, *others: Tensor | None) -> bool:
             return False
     weight = others[0]
     assert weight is not None
+    return has_products(weight.shape[0], weight.shape[1], dtype)
+
+
+def has_products(rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether there are products in `dtype` here, of fp32 or bf16, with a weight of that size."""
     if _runtime.why_not("native") is not None:
         return False
-    return native("uniformer_pointwise_fwd_serves", "qqi")(*weight.shape[:2], HALF[dtype])
+    return bool(native("uniformer_pointwise_fwd_serves", "qqi")(rows, columns, HALF[dtype]))
 
 
 # The structures of csrc/tokens_cpu.h, as numbers. What had to be made anew for them goes to `kept`,
@@ -73,10 +78,10 @@ def _norm(norm: tuple[Any, ...], kept: list[Tensor]) -> tuple[int, ...]:
 def _weight(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kept: list[Tensor]
 ) -> tuple[int, ...]:
-    if weight.dtype != dtype or not weight.is_contiguous():
-        weight = weight.to(dtype).contiguous()
+    if weight.dtype not in (dtype, torch.float32) or not weight.is_contiguous():
+        weight = weight.to(dtype).contiguous()  # fp32 is cast in C++, in memory that it keeps
         kept.append(weight)
-    return weight.data_ptr(), *weight.shape[:2], *_numbers(bias, kept)
+    return weight.data_ptr(), *weight.shape[:2], HALF[weight.dtype], *_numbers(bias, kept)
 
 
 def _result(
