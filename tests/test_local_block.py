@@ -113,15 +113,17 @@ def test_one_value_a_channel_is_refused_as_by_pytorch():
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_sixteen_bits_err_no_more_than_the_plain_block(dtype, mode):
     made = getattr(block(), mode)()
-    plain = getattr(PlainLocalBlock(UniFormerConfig(drop_path_rate=0.0), C, 0.0), mode)()
-    plain.load_state_dict(made.state_dict())
+    plain = copy.deepcopy(
+        made
+    )  # its operators in PyTorch's, but for a gradient that has none right
     x, dy = clip(), clip()
     truth = copy.deepcopy(made).double()
     want = truth.part_by_part(x.double())
     want.backward(dy.double())
     with torch.autocast("cpu", dtype):
         y = made(x)
-        near = plain(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        with backend("reference"):
+            near = plain(x)
     assert y.dtype == torch.float32  # the residual stream
     y.backward(dy)
     near.backward(dy)

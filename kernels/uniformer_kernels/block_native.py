@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from uniformer_kernels import _runtime, attention_native
+from uniformer_kernels import _runtime, attention_native, products_native
 from uniformer_kernels._runtime import native
-from uniformer_kernels.products_native import HALF, has_products
 
 __all__ = ["infer_block"]
 
@@ -78,7 +77,7 @@ def infer_block(
 def _may_run(x: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
-    if not x.is_cpu or x.dtype not in HALF or x.ndim != 5 or not x.is_contiguous():
+    if not x.is_cpu or x.dtype not in products_native.HALF or x.ndim != 5 or not x.is_contiguous():
         return False
     if _runtime.product_dtype(x) != x.dtype or x.numel() == 0:
         return False
@@ -103,7 +102,7 @@ def _numbers(
         return given[name][0] if given[name] else 0
 
     def half(name: str) -> int:
-        return HALF[given[name][1]] if given[name] else 0
+        return products_native.HALF[given[name][1]] if given[name] else 0
 
     def numbers(name: str) -> tuple[int, int]:
         return pointer(name), half(name)
@@ -129,7 +128,7 @@ def _numbers(
         )
 
     return array("q", (
-        *shape, HALF[dtype], *depthwise("dpe"), *norm("norm1"), *weight("first"),
+        *shape, products_native.HALF[dtype], *depthwise("dpe"), *norm("norm1"), *weight("first"),
         *depthwise("tube"), num_heads, *weight("second"), *norm("norm2"), *weight("fc1"),
         *weight("fc2"),
     ))  # fmt: skip
@@ -148,7 +147,9 @@ def _fits(given: dict[str, Any], shape: torch.Size, dtype: torch.dtype, num_head
         size = given[f"{name}.weight"][2]
         if size not in ((rows, columns), (rows, columns, 1, 1, 1)):
             return False
-        if not has_products(rows, columns, dtype) or not _sized(given[f"{name}.bias"], rows):
+        if not products_native.has_products(rows, columns, dtype) or not _sized(
+            given[f"{name}.bias"], rows
+        ):
             return False
     for name in NAMES:
         if name.startswith("norm") and not _sized(given[name], C):
