@@ -1,6 +1,7 @@
 """A whole block in one call of C++: the bits of its operators, and when it leaves it to them."""
 
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -243,3 +244,50 @@ def test_a_parameter_of_another_shape_is_refused_by_its_operator(shape):
     made.attn.weight = nn.Parameter(torch.randn(shape))
     with torch.no_grad(), pytest.raises(ValueError, match="weight must be"):
         made(x)
+
+
+def without(name, part):
+    def change(made):
+        setattr(made.get_submodule(name), part, None)
+
+    return change
+
+
+def parameter(name, *shape):
+    def change(made):
+        made.get_submodule(name).weight = nn.Parameter(torch.randn(shape))
+
+    return change
+
+
+@HERE
+@pytest.mark.parametrize(("kind", "change"), [
+    (LocalBlock, without("norm1", "running_var")),
+    (LocalBlock, without("pos_embed", "weight")), (GlobalBlock, without("pos_embed", "weight")),
+    (LocalBlock, without("conv1", "weight")), (GlobalBlock, without("mlp.fc2", "weight")),
+    (LocalBlock, without("attn", "weight")), (LocalBlock, parameter("attn", C, 1, 11, 3, 3)),
+    (GlobalBlock, parameter("mlp.fc1")), (GlobalBlock, parameter("mlp.fc1", 0, C)),
+    (GlobalBlock, lambda made: setattr(made.attn, "num_heads", 2.0)),
+])  # fmt: skip
+def test_what_no_operator_takes_is_refused_as_they_do(kind, change):
+    """And nothing is read that is not there."""
+    made, x = block(kind), torch.randn(2, 2, 4, 6, C)
+    with torch.no_grad():
+        made(x)
+    change(made)
+    with by_operators(), pytest.raises(Exception) as want:  # noqa: PT011
+        made(x)
+    with torch.no_grad(), pytest.raises(type(want.value), match=re.escape(str(want.value))):
+        made(x)
+
+
+@HERE
+@pytest.mark.parametrize("lazy", [torch._neg_view, lambda t: torch._efficientzerotensor(t.shape)])
+@KINDS
+def test_tensors_that_are_not_what_their_memory_says(kind, lazy):
+    made, x = block(kind), lazy(torch.randn(2, 2, 4, 6, C))
+    y, served = at_once(made, x)
+    assert not served
+    torch.testing.assert_close(y, at_once(made, x + torch.zeros(x.shape))[0])
+    made.mlp.fc1.bias = nn.Parameter(torch._neg_view(torch.randn(made.mlp.fc1.bias.shape)))
+    assert not at_once(made, torch.randn(x.shape))[1]

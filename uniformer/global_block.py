@@ -21,6 +21,7 @@ from uniformer.layers import (
     FFN,
     DropPath,
     GlobalMHRA,
+    lacks_weight,
     runs_fused,
     weight_and_bias,
     why_not_around,
@@ -92,7 +93,7 @@ class GlobalBlock(nn.Module):
         attn, mlp, norm1, norm2 = self.attn, self.mlp, self.norm1, self.norm2
         if torch.is_grad_enabled() or attn.dropout() or self.drop_path.is_active():
             return None
-        if why_not_around(self, pos_embed=(DPE, nn.Identity)):
+        if why_not_around(self, pos_embed=(DPE, nn.Identity)) or lacks_weight(self.pos_embed):
             return None
         parameters = (
             *weight_and_bias(self.pos_embed), None, None, *weight_and_bias(norm1),

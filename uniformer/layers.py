@@ -24,7 +24,7 @@ from uniformer_kernels import (
 
 __all__ = [
     "BATCH_NORMS", "DPE", "FFN", "DropPath", "GlobalMHRA", "LocalMHRA", "PatchEmbed", "Pixels",
-    "batch_norm", "of_batch", "runs_fused", "weight_and_bias", "why_not_around",
+    "batch_norm", "lacks_weight", "of_batch", "runs_fused", "weight_and_bias", "why_not_around",
 ]  # fmt: skip
 
 
@@ -114,6 +114,11 @@ def why_not_around(module: nn.Module, **parts: tuple[type, ...]) -> str | None:
         ):  # fmt: skip
             return f"{name} has hooks, which want to see it called"
     return None
+
+
+def lacks_weight(part: Any) -> bool:
+    """Whether a layer has none, where only an Identity may."""
+    return not isinstance(part, nn.Identity) and part.weight is None
 
 
 def weight_and_bias(part: Any) -> tuple[Tensor | None, Tensor | None]:

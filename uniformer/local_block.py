@@ -23,6 +23,7 @@ from uniformer.layers import (
     DropPath,
     Pointwise,
     batch_norm,
+    lacks_weight,
     local_mhra,
     of_batch,
     runs_fused,
@@ -105,7 +106,7 @@ class LocalBlock(nn.Module):
     def _at_once(self, x: Tensor) -> Tensor | None:
         """All of it in inference on a CPU, where its kernels serve."""
         norm1, norm2, mlp = self.norm1, self.norm2, self.mlp
-        if torch.is_grad_enabled() or self.drop_path.is_active():
+        if torch.is_grad_enabled() or self.drop_path.is_active() or lacks_weight(self.pos_embed):
             return None
         if of_batch(norm1) or of_batch(norm2):
             return None

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from uniformer_kernels import _runtime
 
-__all__ = ["Operator", "once_differentiable"]
+__all__ = ["Operator", "once_differentiable", "only_autograd_listens"]
 
 SECOND = (
     "this operator's gradient has none of its own; take gradients of gradients under "
@@ -64,7 +64,7 @@ class Operator:
                     f"uniformer_kernels.backend('reference') it has"
                 )
             return self.plain(*args)
-        if not _only_autograd_listens(args):
+        if not only_autograd_listens(args):
             return self.op(*args)
         return self.function.apply(*args) if _needs_gradient(args) else self.kernel(*args)
 
@@ -72,11 +72,11 @@ class Operator:
         """Whether a call goes past the dispatcher to a `torch.autograd.Function`."""
         if torch.compiler.is_compiling() or _runtime.functorch_is_active():
             return False
-        return _only_autograd_listens(args) and _needs_gradient(args)
+        return only_autograd_listens(args) and _needs_gradient(args)
 
     def below_autograd(self, *args: Any) -> Any:
         """What a gradient's forward calls."""
-        if not torch.compiler.is_compiling() and _only_autograd_listens(args):
+        if not torch.compiler.is_compiling() and only_autograd_listens(args):
             return self.kernel(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.op(*args)
@@ -130,7 +130,7 @@ def _needs_gradient(args: Sequence) -> bool:
     return any(a.requires_grad for a in args if isinstance(a, Tensor))
 
 
-def _only_autograd_listens(args: Sequence) -> bool:
+def only_autograd_listens(args: Sequence) -> bool:
     """No mode such as a counter of operations, and tensors as plain as they come."""
     if torch._C._len_torch_dispatch_stack():
         return False

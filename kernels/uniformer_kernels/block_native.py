@@ -7,17 +7,17 @@ the processor's caches.
 Shapes: B clips, T frames, H rows, W columns, C channels.
 """
 
+import math
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from uniformer_kernels import _runtime, attention_native, products_native
+from uniformer_kernels import MAX_KERNEL, _runtime, attention_native, products_native
+from uniformer_kernels._operator import only_autograd_listens
 from uniformer_kernels._runtime import native
 
 __all__ = ["infer_block"]
@@ -50,17 +50,18 @@ def infer_block(
         where gradients are recorded, anything listens to operators, or any tensor is not as its
         kernels take it.
     """
-    if not _may_run(x):
+    if not only_autograd_listens((x, *parameters)) or not _may_run(x):
         return None
     described: list[Any] = []
     for t in parameters:
         if t is None:
             described.append(None)
             continue
-        plain = type(t) is Parameter or type(t) is Tensor
-        if not plain or not t.is_cpu or not t.is_contiguous():
+        if not t.is_cpu or not t.is_contiguous():
             return None
         described.append((t.data_ptr(), t.dtype, t.shape))
+    if type(num_heads) is not int:
+        return None
     numbers = _numbers(x.shape, x.dtype, num_heads, tuple(described))
     if numbers is None:
         return None
@@ -70,7 +71,8 @@ def infer_block(
         numbers.buffer_info()[0], x.data_ptr(), y.data_ptr(), *eps, scale, _runtime.parallel_for()
     )
     if code:
-        raise MemoryError(f"no memory for a block of x {tuple(x.shape)}")
+        what = "no memory for" if code == 1 else "not served:"
+        raise (MemoryError if code == 1 else ValueError)(f"{what} a block of x {tuple(x.shape)}")
     return y
 
 
@@ -118,14 +120,8 @@ def _numbers(
         return 1, per_row, *(n for part in parts for n in part)
 
     def weight(name: str) -> tuple[int, ...]:
-        rows, columns = given[f"{name}.weight"][2][:2]
-        return (
-            pointer(f"{name}.weight"),
-            rows,
-            columns,
-            half(f"{name}.weight"),
-            *numbers(f"{name}.bias"),
-        )
+        matrix, bias = f"{name}.weight", numbers(f"{name}.bias")
+        return pointer(matrix), *given[matrix][2][:2], half(matrix), *bias
 
     return array("q", (
         *shape, products_native.HALF[dtype], *depthwise("dpe"), *norm("norm1"), *weight("first"),
@@ -137,24 +133,21 @@ def _numbers(
 def _fits(given: dict[str, Any], shape: torch.Size, dtype: torch.dtype, num_heads: int) -> bool:
     """Whether all parameters are as the kernels take them."""
     T, H, W, C = shape[1:]
-    hidden = given["fc1.weight"][2][0]
     of_attention = given["tube.weight"] is None
-    matrices = {
-        "first": (3 * C if of_attention else C, C), "second": (C, C), "fc1": (hidden, C),
-        "fc2": (C, hidden),
-    }  # fmt: skip
-    for name, (rows, columns) in matrices.items():
-        size = given[f"{name}.weight"][2]
-        if size not in ((rows, columns), (rows, columns, 1, 1, 1)):
-            return False
-        if not products_native.has_products(rows, columns, dtype) or not _sized(
-            given[f"{name}.bias"], rows
-        ):
-            return False
+    hidden = _rows(given["fc1.weight"])
+    first = 3 * C if of_attention else C
+    matrices = {"first": (first, C), "second": (C, C), "fc1": (hidden, C), "fc2": (C, hidden)}
+    if not all(_multiplies(given, name, *size, dtype) for name, size in matrices.items()):
+        return False
     for name in NAMES:
-        if name.startswith("norm") and not _sized(given[name], C):
-            return False
         if given[name] and given[name][1] not in (dtype, torch.float32):
+            return False
+        if not name.startswith("norm"):
+            continue
+        missing = given[name] is None and name.endswith((".mean", ".variance"))
+        if missing != (of_attention and name.endswith((".mean", ".variance"))):
+            return False
+        if not _sized(given[name], C):
             return False
     convolutions = ("dpe",) if of_attention else ("dpe", "tube")
     if not all(_convolves(given, name, W, C, dtype) for name in convolutions):
@@ -166,6 +159,23 @@ def _fits(given: dict[str, Any], shape: torch.Size, dtype: torch.dtype, num_head
     return attention_native.why_not_of(T * H * W, C // num_heads, dtype) is None
 
 
+def _rows(weight: Any) -> int:
+    return weight[2][0] if weight and weight[2] else 0
+
+
+def _multiplies(
+    given: dict[str, Any], name: str, rows: int, columns: int, dtype: torch.dtype
+) -> bool:
+    weight = given[f"{name}.weight"]
+    if weight is None or weight[2] not in ((rows, columns), (rows, columns, 1, 1, 1)) or rows < 1:
+        return False
+    return (
+        columns > 0
+        and _sized(given[f"{name}.bias"], rows)
+        and (products_native.has_products(rows, columns, dtype))
+    )
+
+
 def _sized(given: Any, size: int) -> bool:
     return given is None or given[2] == (size,)
 
@@ -175,8 +185,9 @@ def _convolves(given: dict[str, Any], name: str, W: int, C: int, dtype: torch.dt
     if weight is None:
         return True
     size = weight[2]
-    odd = len(size) == 5 and prod(size[2:]) % 2 == 1
-    if not odd or size[:2] != (C, 1) or not _sized(bias, C):
+    if len(size) != 5 or size[:2] != (C, 1) or not _sized(bias, C):
+        return False
+    if math.prod(size[2:]) % 2 == 0 or max(size[2:]) > MAX_KERNEL:
         return False
     if bias is not None and bias[1] != weight[1]:
         return False
