@@ -183,6 +183,8 @@ def test_ctrl_c_says_how_to_go_on(digits, tmp_path):
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # A shell starts what it runs in the background deaf to it, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("run/checkpoint-*")):
