@@ -291,3 +291,12 @@ def test_tensors_that_are_not_what_their_memory_says(kind, lazy):
     torch.testing.assert_close(y, at_once(made, x + torch.zeros(x.shape))[0])
     made.mlp.fc1.bias = nn.Parameter(torch._neg_view(torch.randn(made.mlp.fc1.bias.shape)))
     assert not at_once(made, torch.randn(x.shape))[1]
+
+
+@HERE
+@KINDS
+def test_compilers_see_the_operators(kind):
+    made, x = block(kind), torch.randn(2, 2, 4, 6, C)
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), made(x))

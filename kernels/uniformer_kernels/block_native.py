@@ -50,6 +50,8 @@ def infer_block(
         where gradients are recorded, anything listens to operators, or any tensor is not as its
         kernels take it.
     """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
     if not only_autograd_listens((x, *parameters)) or not _may_run(x):
         return None
     described: list[Any] = []
@@ -77,7 +79,7 @@ def infer_block(
 
 
 def _may_run(x: Tensor) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+    if type(x) is not Tensor:
         return False
     if not x.is_cpu or x.dtype not in products_native.HALF or x.ndim != 5 or not x.is_contiguous():
         return False
@@ -172,7 +174,7 @@ def _multiplies(
     return (
         columns > 0
         and _sized(given[f"{name}.bias"], rows)
-        and (products_native.has_products(rows, columns, dtype))
+        and products_native.has_products(rows, columns, dtype)
     )
 
 
