@@ -19,9 +19,9 @@ struct Job : FFN {
 };
 
 // Phi(a) - 1/2 of the normal distribution for a >= 0, in pieces WIDTH wide: around each multiple of
-// it a polynomial, and from EDGE on, where it is within 3e-8 of that, 1/2. A vector holds a
+// it a polynomial, and in the last piece, where it is within 3e-8 of that, 1/2. A vector holds a
 // coefficient of all pieces, so that one instruction looks up those of 16 numbers.
-constexpr float WIDTH = 0.375f, EDGE = (LANES - 1.5f) * WIDTH;
+constexpr float WIDTH = 0.375f;
 
 struct HalfNormal {
   alignas(64) float coefficients[5][LANES] = {};  // of t^k, t from -1/2 to 1/2
@@ -192,8 +192,8 @@ extern "C" int32_t uniformer_ffn_fwd(
     const FFN* call, [[maybe_unused]] float eps, int32_t half,
     [[maybe_unused]] ParallelFor parallel_for) {
   const Weight &first = call->first, &second = call->second;
-  if (!serves(first, half) || !serves(second, half) || second.rows != first.columns || second.columns != first.rows)
-    return 2;
+  if (!serves(first, half) || !serves(second, half)) return 2;
+  if (second.rows != first.columns || second.columns != first.rows) return 2;
 #if defined(__AVX512F__)
   try {
     Job job = {*call, eps, nullptr, nullptr, false};

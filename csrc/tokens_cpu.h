@@ -119,7 +119,8 @@ inline bool serves(const Weight& weight, int32_t half) {
 #if defined(__AMX_BF16__)
   if (half) return false;  // the library uses the matrix units, these products do not
 #endif
-  return has_products(half ? 2 : 4) && weight.half <= half && weight.rows % 8 == 0 && weight.columns % 8 == 0;
+  const bool in_eights = weight.rows % 8 == 0 && weight.columns % 8 == 0;
+  return has_products(half ? 2 : 4) && weight.half <= half && in_eights;
 }
 
 #if defined(__AVX512F__)

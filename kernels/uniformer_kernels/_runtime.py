@@ -25,7 +25,7 @@ from uniformer_kernels import _native
 __all__ = [
     "BACKENDS", "announce", "autocast_dtype", "backend", "check_dtypes", "check_shapes",
     "current_backend", "forward_mode", "functorch_is_active", "has_wgmma", "int64s",
-    "interpreting", "library", "multiprocessors", "native", "native_library", "nothing_listens",
+    "interpreting", "is_transformed", "library", "multiprocessors", "native", "native_library",
     "on_device", "parallel_for", "pointer", "product_dtype", "register", "report", "serving",
     "shared_memory", "triton_kernels", "tuned", "under_torch_func", "why_not",
 ]  # fmt: skip
@@ -129,19 +129,18 @@ def under_torch_func(op: str) -> bool:
         return False
     if torch._C._get_tracing_state() is not None:
         return True  # what is traced is PyTorch's, as in DepthwiseConv3d
-    if not functorch_is_active() and forward_ad._current_level < 0:
+    if not is_transformed():
         return False
     why = "neither torch.func nor forward-mode differentiation bears its operators"
     announce(f"{op} runs in plain PyTorch, slower than it could", why)
     return True
 
 
-def nothing_listens() -> bool:
-    """Whether neither a transform, tracer or tangent is at work, nor a mode such as a counter of
-    operations."""
-    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
-        return False
-    return not functorch_is_active() and forward_ad._current_level < 0
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, forward-mode differentiation or torch.jit's tracer is at
+    work."""
+    traced = torch._C._get_tracing_state() is not None
+    return traced or functorch_is_active() or forward_ad._current_level >= 0
 
 
 def forward_mode() -> bool:

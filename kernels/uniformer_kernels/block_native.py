@@ -87,7 +87,7 @@ def _may_run(x: Tensor) -> bool:
         return False
     if _runtime.current_backend() not in ("auto", "native") or _runtime.why_not("native"):
         return False
-    return _runtime.nothing_listens()
+    return not _runtime.is_transformed()
 
 
 @lru_cache(maxsize=1024)
@@ -146,8 +146,8 @@ def _fits(given: dict[str, Any], shape: torch.Size, dtype: torch.dtype, num_head
             return False
         if not name.startswith("norm"):
             continue
-        missing = given[name] is None and name.endswith((".mean", ".variance"))
-        if missing != (of_attention and name.endswith((".mean", ".variance"))):
+        statistics = name.endswith((".mean", ".variance"))
+        if statistics and (given[name] is None) != of_attention:
             return False
         if not _sized(given[name], C):
             return False
